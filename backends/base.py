@@ -1,0 +1,243 @@
+"""What a backend is: `available`, `build` and what `build` returns, a `Runner`."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fxprune.errors import BackendError, InputError
+from fxprune.registry import Registry
+
+#: The largest relative difference from torch (see `compare_outputs`) that a built model may show.
+TOLERANCE = 1e-3
+
+
+class Runner(abc.ABC):
+    """A model built for one backend, ready to be called with the arguments of the module's `forward`."""
+
+    #: The file that was built; None where the backend writes none, or wrote it to a temporary folder.
+    path: Path | None = None
+
+    @abc.abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return the module's output tensors on the CPU, in the order in which they occur in the (nested) result.
+
+        Raises BackendError where the backend rejects the arguments.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what a reader of a measurement must know, as plain JSON values: device, threads, versions, parity."""
+
+
+class Backend(abc.ABC):
+    """One way to run a model. Subclasses set `name`, and write `available`, `preferred_multiple` and `_build`."""
+
+    name: str
+
+    @property
+    @abc.abstractmethod
+    def preferred_multiple(self) -> int:
+        """The number that channel counts should be multiples of to run fast."""
+
+    @abc.abstractmethod
+    def available(self) -> str | None:
+        """Return None where the backend can be used; else why not, with the command that mends it."""
+
+    @abc.abstractmethod
+    def _build(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        threads: int,
+        batch_dynamic: bool,
+        path: Path | None,
+    ) -> Runner:
+        """Build `module`, which is in inference mode and private to the runner but for its parameters."""
+
+    def build(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        threads: int,
+        batch_dynamic: bool = True,
+        path: Path | None = None,
+    ) -> Runner:
+        """Build `module` for inference and check it against torch on `args` and `kwargs`.
+
+        The module itself is left as it is, training mode included; its parameters are shared with the runner, not
+        copied, where the backend keeps torch tensors. `threads` is the number of CPU threads that compute one
+        operator. With `batch_dynamic`, dimension 0 of every tensor that has the first tensor's size there may
+        change from call to call; the other dimensions keep their size. `path` is where the artefact is kept.
+
+        Raises BackendError where the backend is not available, cannot build the module, or computes something else,
+        and InputError where the arguments do not fit the module.
+        """
+        reason = self.available()
+        if reason is not None:
+            raise BackendError(f"backend '{self.name}' cannot be used here: {reason}")
+        if threads < 1:
+            raise BackendError(f"backend '{self.name}' was asked for {threads} threads; pass 1 or more")
+        return self._build(inference_copy(module), args, dict(kwargs or {}), threads, batch_dynamic, path)
+
+
+BACKENDS: Registry[Backend] = Registry("backend", BackendError)
+
+
+def inference_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of `module` in eval mode that shares its parameters and buffers.
+
+    >>> layer = nn.Dropout().train()
+    >>> inference_copy(layer).training, layer.training
+    (False, True)
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    try:
+        return copy.deepcopy(module, shared).eval()
+    except Exception as error:
+        raise BackendError(
+            f"{type(module).__name__} cannot be copied: {error}. Tensors computed by an earlier forward pass and kept "
+            "as attributes are the usual cause; delete or detach them."
+        ) from error
+
+
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by the name of the parameter of `module.forward` that takes them.
+
+    Raises InputError where they do not fit its signature.
+
+    >>> bind_arguments(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
+    {'input1': 1, 'input2': 2}
+    """
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise InputError(f"the arguments do not fit {type(module).__name__}.forward: {error}") from error
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """Return the tensors in a nested structure, in order.
+
+    >>> [tensor.item() for tensor in tensors_of({"a": torch.tensor(1), "b": [None, torch.tensor(2)]})]
+    [1, 2]
+    """
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def is_batched(leaf: object, batch: int) -> bool:
+    """Whether `leaf` is a tensor whose dimension 0 has the size `batch`.
+
+    >>> is_batched(torch.zeros(2, 3), 2), is_batched(torch.tensor(2), 2), is_batched(2, 2)
+    (True, False, False)
+    """
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+
+
+def batch_size(arguments: object) -> int:
+    """Return dimension 0 of the first tensor in a nested structure.
+
+    Raises InputError where there is no tensor or the first one is a scalar.
+
+    >>> batch_size({"x": torch.zeros(4, 3)})
+    4
+    """
+    tensors = tensors_of(arguments)
+    if not tensors or tensors[0].dim() == 0:
+        raise InputError("the first tensor of the arguments has no batch dimension; pass one, or batch_dynamic=False")
+    return tensors[0].shape[0]
+
+
+def with_batch(arguments: Any, batch: int) -> Any:
+    """Return `arguments` with `batch` rows in each batched tensor, by repeating its rows or leaving out the last ones.
+
+    >>> with_batch({"x": torch.tensor([[1], [2]]), "scale": torch.tensor([7.0])}, 3)
+    {'x': tensor([[1],
+            [2],
+            [1]]), 'scale': tensor([7.])}
+    """
+    present = batch_size(arguments)
+    rows = torch.arange(batch) % present
+    return pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)] if is_batched(leaf, present) else leaf, arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far a backend's outputs are from torch's: the largest over all output tensors.
+
+    `max_abs` is the largest absolute difference; `max_rel` is an output tensor's largest absolute difference divided by
+    the largest finite magnitude of torch's tensor.
+    """
+
+    max_abs: float
+    max_rel: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return the two figures by name."""
+        return asdict(self)
+
+
+def compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> Parity:
+    """Compare two lists of output tensors, in float64.
+
+    Equal infinities and NaN in the same places are no difference; a NaN or an infinity on one side only is an infinite
+    one. Raises BackendError where the number of tensors or their shapes differ.
+
+    >>> compare_outputs([torch.tensor([1.0, -4.0])], [torch.tensor([1.0, -3.0])])
+    Parity(max_abs=1.0, max_rel=0.25)
+    """
+    shapes = [[tuple(tensor.shape) for tensor in side] for side in (expected, actual)]
+    if shapes[0] != shapes[1]:
+        raise BackendError(f"the outputs have other shapes than torch's: {shapes[1]} instead of {shapes[0]}")
+    max_abs = max_rel = 0.0
+    for want, got in zip(expected, actual, strict=True):
+        if want.numel() == 0:
+            continue
+        left, right = want.detach().to("cpu", torch.float64), got.detach().to("cpu", torch.float64)
+        same = (left == right) | (left.isnan() & right.isnan())
+        difference = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf).max().item()
+        scale = torch.where(left.isfinite(), left, 0.0).abs().max().item()
+        max_abs = max(max_abs, difference)
+        # Where torch gives nothing but zeros there is nothing to be relative to: any difference counts in full.
+        max_rel = max(max_rel, difference / scale if scale else difference)
+    return Parity(max_abs, max_rel)
+
+
+def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor]) -> Parity:
+    """Compare `actual` with what `module` gives for `arguments` (as `bind_arguments` returns them).
+
+    Raises BackendError where the relative difference is above TOLERANCE.
+    """
+    args, kwargs = call_arguments(module, arguments)
+    with torch.no_grad():
+        expected = tensors_of(module(*args, **kwargs))
+    parity = compare_outputs(expected, actual)
+    # `not <=` so that a NaN cannot pass.
+    if not parity.max_rel <= TOLERANCE:
+        raise BackendError(
+            f"backend '{name}' does not compute what {type(module).__name__} computes: relative difference "
+            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {TOLERANCE:g} relative. "
+            "Check with another backend, and in float32."
+        )
+    return parity
+
+
+def call_arguments(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn what `bind_arguments` returned into `args, kwargs` again.
+
+    >>> call_arguments(nn.Bilinear(2, 2, 2), {"input1": 1, "input2": 2})
+    ((1, 2), {})
+    """
+    bound = inspect.BoundArguments(inspect.signature(module.forward), dict(arguments))  # type: ignore[arg-type]
+    return bound.args, bound.kwargs
