@@ -113,18 +113,40 @@ def inference_copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments by the name of the parameter of `module.forward` that takes them.
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of the module's `forward`.
 
-    Raises InputError where they do not fit its signature.
+    >>> forward_signature(nn.ReLU())
+    <Signature (input: torch.Tensor) -> torch.Tensor>
+    """
+    return inspect.signature(module.forward)
 
-    >>> bind_arguments(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
+
+def bind_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by the name of the parameter that takes them.
+
+    Raises InputError where they do not fit the signature.
+
+    >>> bind_arguments(forward_signature(nn.Bilinear(2, 2, 2)), (1,), {"input2": 2})
     {'input1': 1, 'input2': 2}
     """
     try:
-        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        return dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise InputError(f"the arguments do not fit {type(module).__name__}.forward: {error}") from error
+        raise InputError(f"the arguments do not fit forward{signature}: {error}") from error
+
+
+def call_arguments(
+    signature: inspect.Signature, arguments: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn what `bind_arguments` returned into `args, kwargs` again.
+
+    >>> call_arguments(forward_signature(nn.Bilinear(2, 2, 2)), {"input1": 1, "input2": 2})
+    ((1, 2), {})
+    """
+    bound = signature.bind_partial()
+    bound.arguments.update(arguments)
+    return bound.args, bound.kwargs
 
 
 def tensors_of(value: object) -> list[Tensor]:
@@ -206,7 +228,8 @@ def compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> Parity:
             continue
         left, right = want.detach().to("cpu", torch.float64), got.detach().to("cpu", torch.float64)
         same = (left == right) | (left.isnan() & right.isnan())
-        difference = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf).max().item()
+        gap = torch.where(same, 0.0, (left - right).abs())
+        difference = torch.where(gap.isnan(), torch.inf, gap).max().item()
         scale = torch.where(left.isfinite(), left, 0.0).abs().max().item()
         max_abs = max(max_abs, difference)
         # Where torch gives nothing but zeros there is nothing to be relative to: any difference counts in full.
@@ -219,7 +242,7 @@ def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], act
 
     Raises BackendError where the relative difference is above TOLERANCE.
     """
-    args, kwargs = call_arguments(module, arguments)
+    args, kwargs = call_arguments(forward_signature(module), arguments)
     with torch.no_grad():
         expected = tensors_of(module(*args, **kwargs))
     parity = compare_outputs(expected, actual)
@@ -231,13 +254,3 @@ def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], act
             "Check with another backend, and in float32."
         )
     return parity
-
-
-def call_arguments(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn what `bind_arguments` returned into `args, kwargs` again.
-
-    >>> call_arguments(nn.Bilinear(2, 2, 2), {"input1": 1, "input2": 2})
-    ((1, 2), {})
-    """
-    bound = inspect.BoundArguments(inspect.signature(module.forward), dict(arguments))  # type: ignore[arg-type]
-    return bound.args, bound.kwargs

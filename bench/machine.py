@@ -59,6 +59,5 @@ def stamp() -> str:
     """Return `describe()` as one line; packages that are not installed are left out."""
     about = describe()
     versions = [f"{name} {about[name]}" for name in ("python", *_PACKAGES) if about[name] != "not installed"]
-    return (
-        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads; {', '.join(versions)}; {about['date']}"
-    )
+    size = f"{about['cores']} cores, {about['threads']} threads"
+    return f"{about['processor']}, {size}; {', '.join(versions)}; {about['date']}"

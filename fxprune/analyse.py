@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxprune import rules
-from fxprune.axes import Axes, Dim, Fixed, Misfit, size_of
+from fxprune.axes import Axes, Fixed, Misfit, size_of
 from fxprune.capture import Captured
 from fxprune.fold import fold_constants
 from fxprune.rules.core import RULES, Dims, Site, bind
@@ -23,6 +23,7 @@ class Analysis:
     Attributes:
         dims: node -> the dimensions of its result (a list of them where there are several).
         tensors: parameter, buffer or constant name -> its dimensions.
+        births: the same before any unification: the axes that the dimensions started as.
         macs: (node, dimensions) of every contraction: as many multiply-accumulates as the product of the sizes.
         unknown: operators without a rule -> the nodes that use them.
     """
@@ -31,6 +32,7 @@ class Analysis:
     axes: Axes
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     tensors: dict[str, Dims] = field(default_factory=dict)
+    births: dict[str, Dims] = field(default_factory=dict)
     macs: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     unknown: dict[Any, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
 
@@ -71,7 +73,7 @@ def _visit(result: Analysis, node: fx.Node, frozen: dict[str, str]) -> Any:
         if name in frozen:
             for d in dims:
                 result.axes.freeze(d, frozen[name])
-        result.tensors[name] = dims
+        result.tensors[name] = result.births[name] = dims
         return dims
     if node.op == "output":
         for value in node.all_input_nodes:
@@ -116,8 +118,3 @@ def _agrees(dims: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         return len(dims) == len(shape) and all(_agrees(d, s) for d, s in zip(dims, shape, strict=True))
     return tuple(size_of(d) for d in dims) == tuple(shape)
-
-
-def fixed_size(dim: Dim) -> bool:
-    """Whether nothing can be removed from the dimension."""
-    return isinstance(dim, Fixed)

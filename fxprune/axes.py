@@ -251,7 +251,7 @@ class Axes:
             if bound is None:
                 return dim
             result = self.resolve(bound)
-            if result is not bound:
+            if result is not bound and not isinstance(result, Fixed):  # the way to a fixed one says why it is
                 self._bound[dim] = result
             return result
         if isinstance(dim, Product):
@@ -261,17 +261,18 @@ class Axes:
         parts = [self.resolve(p) for p in dim.parts]
         return dim if all(a is b for a, b in zip(parts, dim.parts, strict=True)) else concat(parts)
 
-    def reason(self, axis: Axis) -> Frozen | None:
-        """Return why the axis was frozen, following what it was bound to; None where it is free or half free."""
-        seen: Axis | None = axis
-        while seen is not None:
-            if seen in self.frozen:
-                return self.frozen[seen]
-            bound = self._bound.get(seen)
-            if isinstance(bound, Fixed):
-                return Frozen(bound.why or "it meets a fixed dimension")
-            seen = bound if isinstance(bound, Axis) else None
-        return None
+    def reason(self, dim: Dim | None) -> Frozen | None:
+        """Return why the dimension, or the first frozen part of it, is frozen; None where it is free."""
+        while isinstance(dim, Axis):
+            if dim in self.frozen:
+                return self.frozen[dim]
+            dim = self._bound.get(dim)
+        if dim is None:
+            return None
+        if isinstance(dim, Fixed):
+            return Frozen(dim.why or "it meets a fixed dimension")
+        parts = dim.factors if isinstance(dim, Product) else dim.parts
+        return next((found for found in map(self.reason, parts) if found), None)
 
     # ------------------------------------------------------------------ freezing and unifying
     def freeze(self, dim: Dim, reason: str, node: Any = None) -> Dim:

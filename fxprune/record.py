@@ -14,7 +14,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,10 +58,15 @@ class Recorder(ProxyTorchDispatchMode):
         self._constant = constant
         self._module_path = module_path
         self._values: dict[int, _Value] = {}
+        self._roots: dict[int, _Value] = {}  # storage -> the first value in it
         self._versions: dict[int, int] = {}
         self._attributes: dict[str, fx.Node] = {}
         self._lazy: dict[int, tuple[Tensor, str]] = {}
         self._first: fx.Node | None = None  # attributes are placed before it
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps every call of __torch_dispatch__ once more
 
     def __enter__(self) -> Recorder:
         return TorchDispatchMode.__enter__(self)
@@ -81,6 +86,11 @@ class Recorder(ProxyTorchDispatchMode):
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node that computes the tensor, as it is now after all in-place writes."""
         value = self._values.get(id(tensor))
+        if value is None:
+            # a factory function hands out a shallow copy of what it was given, and so does `.data`
+            twin = self._roots.get(_storage(tensor))
+            if twin is not None and twin.tensor.shape == tensor.shape and twin.tensor.stride() == tensor.stride():
+                value = self._values[id(tensor)] = replace(twin, tensor=tensor)
         if value is None:
             lazy = self._lazy.get(id(tensor))
             value = _Value(tensor, self.attribute(lazy[1] if lazy else self._constant(tensor), tensor))
@@ -146,6 +156,7 @@ class Recorder(ProxyTorchDispatchMode):
             value.parent = self._values.get(id(base))
             value.view = (node.target, node.args[1:], dict(node.kwargs))
         self._values[id(tensor)] = value
+        self._roots.setdefault(_storage(tensor), value)
 
     # ------------------------------------------------------------------ views and in-place writes
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

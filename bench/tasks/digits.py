@@ -58,9 +58,7 @@ def digits(seed: int = 0) -> Digits:
         test.append(rows[:held_out])
         train.append(rows[held_out:])
     test_rows, train_rows = torch.cat(test), torch.cat(train)
-    return Digits(
-        images[train_rows], labels[train_rows], train_rows, images[test_rows], labels[test_rows], test_rows
-    )
+    return Digits(images[train_rows], labels[train_rows], train_rows, images[test_rows], labels[test_rows], test_rows)
 
 
 class Block(nn.Module):
@@ -172,22 +170,24 @@ def finetune(
     epochs: int = 3,
     lr: float = 0.02,
     *,
+    batch: int = 64,
     seed: int = 1,
     data: Digits | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train a pruned model on: `train` with a rate that a trained model bears and another order of the images."""
-    return train(model, epochs, lr, seed=seed, data=data, progress=progress)
+    return train(model, epochs, lr, batch=batch, seed=seed, data=data, progress=progress)
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, data: Digits | None = None) -> float:
-    """Return the share of test images, from 0 to 1, that the model names rightly; the model's mode is left as it was."""
+    """Return the share of test images, from 0 to 1, that the model names rightly; its mode is left as it was."""
     data = data or digits()
     training = model.training
     model.eval()
+    batches = (data.test_images[start : start + 128] for start in range(0, len(data.test_labels), 128))
     try:
-        named = torch.cat([model(images).argmax(dim=1) for images in data.test_images.split(128)])
+        named = torch.cat([model(images).argmax(dim=1) for images in batches])
     finally:
         model.train(training)
     return float((named == data.test_labels).double().mean())

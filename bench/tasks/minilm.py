@@ -124,11 +124,11 @@ def batches(sentences: Sequence[str], size: int = 32, length: int = 128, fill: b
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    """Yield the first paragraph of each docstring of a module, its classes and their functions, in the source's order.
+    r"""Yield the first paragraph of each docstring of a module, its classes and their functions, in source order.
 
     White space is reduced to single spaces. Raises SyntaxError where the source does not parse.
 
-    >>> list(_docstrings("def f():\\n    '''One thing\\n    and another.\\n\\n    More.'''"))
+    >>> list(_docstrings("def f():\n    '''One thing\n    and another.\n\n    More.'''"))
     ['One thing and another.']
     """
     waiting: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [ast.parse(source)]

@@ -15,10 +15,11 @@ bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift ceil celu clamp cl
 copy copysign cos cosh deg2rad detach digamma div divide dropout elu eq erf erfc erfinv exp exp2 expm1 feature_dropout
 fill floor floor_divide fmax fmin fmod frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside
 hypot isfinite isinf isnan ldexp le leaky_relu lerp less lgamma lift_fresh lift_fresh_copy log log10 log1p log2
-log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum
+log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum
 mish mul multiply nan_to_num ne neg negative nextafter not_equal positive pow real reciprocal relu relu6 remainder
 round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit sqrt square
 sub subtract tan tanh threshold to true_divide trunc type_as where xlogy _to_copy zero
+__and__ __or__ __xor__ __lshift__ __rshift__ masked_fill
 zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout data
 """
 

@@ -1,0 +1,42 @@
+# `make test` is what CI runs. Everything happens in $(VENV), which is made once; `make clean` removes what was built.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Options for installing torch. Where its CUDA build is what pip finds first, name an index of its CPU builds here:
+#   make test TORCH_ARGS='--index-url ...'
+TORCH_ARGS ?=
+
+.PHONY: .venv test lint fuzz demo zoo wheel clean
+
+.venv: $(BIN)/fxprune
+
+# torch goes in first and alone, so that the other packages find a CPU build in place and pull no CUDA one. The command
+# `fxprune` is the last thing installed: where it is missing, the environment is incomplete.
+$(BIN)/fxprune:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fuzz: .venv
+	FXPRUNE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+demo: .venv
+	$(BIN)/python -m bench.demo
+
+zoo: .venv
+	$(BIN)/python -m bench.coverage
+
+wheel: .venv
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
