@@ -124,7 +124,7 @@ def compare(
     """Time the runners against each other, round by round, in an order that moves on by one every round.
 
     In each of `repeats` rounds every runner gives one sample: the mean of as many calls as last about `min_time`
-    seconds, a number settled in the `warmup` rounds before. Garbage is not collected meanwhile. `clock` returns seconds.
+    seconds, a number settled in the `warmup` rounds before. No garbage is collected meanwhile. `clock` returns seconds.
 
     Raises ValueError where `reference` is not among the runners, `repeats` or `warmup` are too few, or a sample took no
     time.

@@ -1,0 +1,19 @@
+"""fxprune: a pruning compiler for PyTorch.
+
+>>> import fxprune, torch
+>>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+>>> pruned = fxprune.compile(net, torch.randn(2, 8), target={"macs": 0.5})
+>>> pruned.module(torch.randn(5, 8)).shape
+torch.Size([5, 4])
+"""
+
+from fxprune.api import Pruned, compile  # noqa: A004  (named after torch.compile)
+from fxprune.errors import FxpruneError
+from fxprune.plan import Plan
+from fxprune.recipe import Recipe
+from fxprune.report import Report
+from fxprune.rules.core import register_rule
+from fxprune.saved import load
+
+__version__ = "0.1.0"
+__all__ = ["FxpruneError", "Plan", "Pruned", "Recipe", "Report", "compile", "load", "register_rule"]

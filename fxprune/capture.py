@@ -279,7 +279,7 @@ class _Session:
             recorder.bind_attribute(self.tensors[name], name)
         args, kwargs = pytree.tree_unflatten(fakes, self.in_spec)
         try:
-            with _eval_with(self.model, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
+            with eval_with(self.model, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
                 with self.mode, enable_python_dispatcher(), recorder:
                     out = self.model(*args, **kwargs)
                 leaves, out_spec = pytree.tree_flatten(out)
@@ -321,7 +321,7 @@ class _Session:
 
 
 @contextlib.contextmanager
-def _eval_with(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+def eval_with(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put `tensors` in the place of the model's own and every module into eval mode; afterwards restore all attributes."""
     modules = dict(model.named_modules())
     before = []

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxprune.analyse import Analysis
-from fxprune.capture import Captured, Varying
+from fxprune.capture import Captured, Varying, eval_with
 from fxprune.errors import ProofError
 from fxprune.groups import describe
 from fxprune.kept import Kept
@@ -41,25 +41,45 @@ class Proof:
         error: largest difference, relative to the largest magnitude of the reference.
         tolerance: what would have been too much.
         runs: how many pairs of forward passes were compared.
+        capture_error: largest relative difference between the captured graph and the model itself on the example
+            inputs, in the model's own precision; None where it was not compared (quick, or a model without values).
+        lossless: the reference was the dense model itself, nothing masked.
     """
 
     level: Level
     error: float
     tolerance: float
     runs: int
+    capture_error: float | None = None
+    lossless: bool = False
 
 
-def prove(analysis: Analysis, kept: Kept, pruned: Rewritten, level: Level = "full", seed: int = 0) -> Proof:
+def prove(
+    analysis: Analysis,
+    kept: Kept,
+    pruned: Rewritten,
+    model: nn.Module | None = None,
+    level: Level = "full",
+    seed: int = 0,
+    lossless: bool = False,
+) -> Proof:
     """Compare the pruned module with the masked reference.
+
+    Args:
+        model: the original, to compare the captured graph with on the example inputs (full proof only).
+        lossless: what is removed must change nothing: the reference is the dense graph without masks, and the weights
+            are not randomised, because what is dead depends on them.
 
     Raises:
         ProofError: they differ; the text names the first node whose value does.
     """
     dtype = torch.float64 if level == "full" else torch.float32
     tolerance, worst, runs = TOLERANCE[dtype], 0.0, 0
+    masks = Kept({}) if lossless else kept
+    capture_error = _capture_error(analysis, model) if level == "full" and model is not None else None
     for inputs, randomise in _cases(analysis.captured, level, seed):
-        weights = _weights(analysis.captured, randomise, seed)
-        reference = Reference(analysis, kept, weights, dtype)
+        weights = _weights(analysis.captured, randomise and not lossless, seed)
+        reference = Reference(analysis, masks, weights, dtype)
         with torch.no_grad():
             expected = reference.run(inputs)
             actual = _Upcast(pruned, analysis, kept, weights, dtype).run(inputs)
@@ -72,7 +92,27 @@ def prove(analysis: Analysis, kept: Kept, pruned: Rewritten, level: Level = "ful
                 "fxprune/rules: report the operator; to go on, name its module under `keep` in the recipe."
             )
         worst, runs = max(worst, error), runs + 1
-    return Proof(level, worst, tolerance, runs)
+    return Proof(level, worst, tolerance, runs, capture_error, lossless)
+
+
+def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
+    """The captured graph against the model's own forward, both in eval mode, in the model's own precision."""
+    captured = analysis.captured
+    if any(t.is_meta for t in [*captured.tensors.values(), *captured.inputs] if isinstance(t, Tensor)):
+        return None
+    args, kwargs = pytree.tree_unflatten(captured.inputs, captured.in_spec)
+    with torch.no_grad(), eval_with(model, {}):
+        expected = pytree.tree_leaves(model(*args, **kwargs))
+        actual = Reference(analysis, Kept({}), _weights(captured, False, 0), None).run(captured.inputs)
+    error = _difference([e if isinstance(a, Tensor) else None for e, a in zip(expected, actual, strict=True)], actual)
+    half = any(isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in expected)
+    if not error <= (5e-2 if half else 1e-3):
+        raise ProofError(
+            f"the captured graph differs from {type(model).__name__} itself by {error:.2e} of its largest output on the "
+            "example inputs: the forward pass depends on values, on random numbers or on state outside its weights. "
+            "Make it deterministic in eval mode."
+        )
+    return error
 
 
 def _cases(captured: Captured, level: Level, seed: int) -> list[tuple[list[Any], bool]]:
@@ -158,15 +198,15 @@ def _difference(expected: list[Any], actual: list[Any]) -> float:
 
 
 class _Double(fx.Interpreter):
-    """Runs a graph with every floating-point value in one precision, weights upcast only while they are used."""
+    """Runs a graph with every floating-point value in one precision (None: as they come), upcast only while used."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, dtype: torch.dtype | None) -> None:
         super().__init__(module, garbage_collect_values=True, graph=graph)
         self.dtype = dtype
         self.extra_traceback = False
 
     def up(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype in _LOW:
+        if self.dtype is not None and isinstance(value, Tensor) and value.dtype in _LOW:
             return value.to(self.dtype)
         return value
 
@@ -177,14 +217,14 @@ class _Double(fx.Interpreter):
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator, with the dtypes among its arguments replaced as well."""
-        swap = lambda v: self.dtype if isinstance(v, torch.dtype) and v in _LOW else v  # noqa: E731
+        swap = lambda v: self.dtype or v if isinstance(v, torch.dtype) and v in _LOW else v  # noqa: E731
         return target(*pytree.tree_map(swap, tuple(args)), **pytree.tree_map(swap, dict(kwargs)))
 
 
 class Reference(_Double):
     """The dense graph with every removed index masked out of its consumers and of every reduction."""
 
-    def __init__(self, analysis: Analysis, kept: Kept, weights: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, analysis: Analysis, kept: Kept, weights: Callable[[str], Tensor], dtype: torch.dtype | None) -> None:
         super().__init__(nn.Module(), analysis.captured.graph, dtype)
         self.analysis, self.kept, self.weights = analysis, kept, weights
         names = [s.name for s in analysis.captured.symbols]

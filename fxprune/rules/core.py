@@ -111,13 +111,17 @@ RULES: dict[Any, Rule] = {}
 
 
 def overloads(packet: Any) -> Iterable[Any]:
-    """Yield the functional overloads of an operator packet; an overload stands for itself."""
+    """Yield the functional overloads of an operator packet that make tensors; an overload stands for itself.
+
+    TorchScript's own overloads (on numbers, strings, lists and dictionaries; `to.prim_...`) never occur in a graph.
+    """
     if not hasattr(packet, "overloads"):
         yield packet
         return
     for name in packet.overloads():
         overload = getattr(packet, name)
-        if not overload._schema.is_mutable and "out" not in name.split("_"):
+        tensors = any(str(r.type) in ("Tensor", "List[Tensor]") for r in overload._schema.returns)
+        if tensors and not overload._schema.is_mutable and not {"out", "prim"} & set(name.split("_")):
             yield overload
 
 

@@ -1,10 +1,11 @@
 """Operators that work element by element: every dimension of the result is the common one of the operands.
 
-One name a line of the table is all an operator of this kind needs.
+A name in the table is all an operator of this kind needs; it stands for all overloads, `name.overload` for one.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from fxprune.rules.core import Dims, Site, aten, register_rule
@@ -18,8 +19,9 @@ hypot isfinite isinf isnan ldexp le leaky_relu lerp less lgamma lift_fresh lift_
 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum
 mish mul multiply nan_to_num ne neg negative nextafter not_equal positive pow real reciprocal relu relu6 remainder
 round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit sqrt square
-sub subtract tan tanh threshold to true_divide trunc type_as where xlogy _to_copy zero
+sub subtract tan tanh threshold to true_divide trunc type_as xlogy _to_copy zero
 __and__ __or__ __xor__ __lshift__ __rshift__ masked_fill
+where.self where.ScalarOther where.ScalarSelf where.Scalar
 zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout data
 """
 
@@ -41,6 +43,6 @@ def type_as(site: Site, x: Dims, *_args: Any, **_kwargs: Any) -> Dims:
 
 for _name in POINTWISE.split():
     if _name not in ("type_as", "to"):
-        register_rule(getattr(aten, _name), pointwise)
+        register_rule(operator.attrgetter(_name)(aten), pointwise)
 register_rule(aten.type_as, type_as)
 register_rule(aten.to, type_as)

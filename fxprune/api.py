@@ -1,0 +1,251 @@
+"""`compile`: a model in, a smaller model with its plan and report out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.analyse import Analysis, analyse
+from fxprune.capture import capture, example
+from fxprune.costs import Costs
+from fxprune.errors import BackendError, InputError
+from fxprune.groups import find_groups, frozen_dimensions
+from fxprune.kept import Kept
+from fxprune.plan import Plan
+from fxprune.prove import prove
+from fxprune.recipe import Recipe, read_recipe
+from fxprune.report import Latency, Pair, Report
+from fxprune.rewrite import rewrite
+
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Pruned:
+    """A pruned model.
+
+    Attributes:
+        module: an fx.GraphModule of ordinary torch.nn layers under the original names, in the model's mode.
+        plan: what was kept.
+        report: parameters, MACs, proof and, after `measure`, latency: dense and pruned.
+        args, kwargs: the example inputs.
+    """
+
+    module: fx.GraphModule
+    plan: Plan
+    report: Report
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dense: nn.Module | None = field(default=None, repr=False)
+    batch_dynamic: bool = True
+
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write weights.safetensors, graph.json and plan.json into a directory, all or nothing.
+
+        Raises:
+            SavedModelError: the directory exists and holds something else (or a saved model, without `overwrite`), or
+                the files cannot be written; then nothing is left under the name.
+        """
+        from fxprune.saved import save
+
+        return save(self, Path(directory), overwrite)
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the module for another runtime, by the ending of the path: `.onnx` (dynamic batch).
+
+        Raises:
+            BackendError: the ending is unknown, the backend is missing, or the export failed.
+        """
+        from fxprune.backends import BACKENDS
+
+        target = Path(path)
+        endings = {".onnx": "onnxruntime"}
+        if target.suffix not in endings:
+            raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
+        backend = BACKENDS[endings[target.suffix]]
+        backend.build(
+            self.module, self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target
+        )
+        return target
+
+    def measure(
+        self,
+        against: nn.Module | None = None,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+        rounds: int = 30,
+    ) -> Latency:
+        """Time dense and pruned alternately in one run and add the result to the report.
+
+        Args:
+            against: the dense model; by default the one that was compiled.
+            backend: by default the recipe's.
+            threads: by default torch's number of threads.
+            batch: by default that of the example inputs.
+        """
+        from fxprune.measure import measure
+
+        dense = against if against is not None else self.dense
+        if dense is None:
+            raise InputError("there is no dense model to measure against; pass it as `against`")
+        args, kwargs = rebatch(self.args, self.kwargs, batch)
+        name = backend or self.report.recipe.get("backend", "onnxruntime")
+        latency = measure(dense, self.module, args, kwargs, name, threads, rounds, self.batch_dynamic)
+        self.report.latency.append(latency)
+        return latency
+
+
+def rebatch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the inputs with dimension 0 of the tensors repeated or cut to `batch` rows."""
+    if batch is None:
+        return args, kwargs
+    first = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim()), None)
+
+    def fit(value: Any) -> Any:
+        if first is None or not isinstance(value, Tensor) or not value.dim() or value.shape[0] != first.shape[0]:
+            return value
+        rows = torch.arange(batch, device=value.device) % value.shape[0]
+        return value[rows]
+
+    return tuple(map(fit, args)), {k: fit(v) for k, v in kwargs.items()}
+
+
+def compile(  # noqa: A001  (the name that torch.compile taught everybody)
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: Mapping[str, Any] | str | os.PathLike[str] | Recipe | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Pruned:
+    """Prune a model: capture, analyse, choose, rewrite, prove.
+
+    Args:
+        model: any module; it is left exactly as it was. An fx.GraphModule, or the result of an earlier `compile`, too.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        recipe: a dict, a YAML file or a `Recipe`: see `fxprune.recipe.Recipe` for the keys.
+        kwargs: keyword inputs beside positional ones.
+        dynamic_shapes: {input name: {dimension: size name}}; by default the batch is dynamic where the model allows it.
+        progress: called with the name of each stage as it begins.
+        overrides: keys of the recipe, `target={"macs": 0.5}`.
+
+    Raises:
+        RecipeError, InputError, CaptureError, TargetError, NonFiniteError, ProofError: see `fxprune.errors`.
+
+    >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    >>> pruned = compile(net, torch.randn(2, 8), {"target": {"macs": 0.5}})
+    >>> pruned.module
+    Sequential(
+      (0): Linear(in_features=8, out_features=32, bias=True)
+      (2): Linear(in_features=32, out_features=4, bias=True)
+    )
+    >>> {name: list(dims) for name, dims in pruned.plan.kept.items()}
+    {'0.weight': [0], '0.bias': [0], '2.weight': [1]}
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a torch.nn.Module, not {type(model).__name__}")
+    settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
+    args, keywords = example(example_inputs, kwargs)
+    clock = _Clock(progress)
+    with clock.stage("capture"):
+        captured = capture(model, args, keywords, dynamic_shapes)
+    with clock.stage("analyse"):
+        analysis = analyse(captured)
+        groups = find_groups(analysis)
+        costs = Costs(analysis)
+    multiple = settings.round_to or _preferred_multiple(settings.backend)
+    biases: dict[str, Tensor] = {}
+    with clock.stage("choose"):
+        if settings.target.dead:
+            from fxprune.passes.dead import find_dead
+
+            kept, biases = find_dead(analysis, groups, settings)
+        else:
+            from fxprune.passes.choose import choose
+
+            kept = choose(analysis, groups, settings, costs, multiple)
+    with clock.stage("rewrite"):
+        rewritten = rewrite(analysis, kept, model, biases)
+    with clock.stage("prove"):
+        proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
+    plan = Plan.of(analysis, groups, kept, biases=list(biases), recipe=settings.model_dump(mode="json", exclude_unset=True))
+    report = _report(model, analysis, costs, kept, plan, proof, clock.seconds, multiple, settings)
+    return Pruned(
+        module=rewritten.module,
+        plan=plan,
+        report=report,
+        args=args,
+        kwargs=keywords,
+        dense=model,
+        batch_dynamic=any(s.name == "batch" for s in captured.symbols),
+    )
+
+
+def _preferred_multiple(backend: str) -> int:
+    from fxprune.backends import BACKENDS
+
+    return BACKENDS[backend].preferred_multiple
+
+
+def _report(
+    model: nn.Module,
+    analysis: Analysis,
+    costs: Costs,
+    kept: Kept,
+    plan: Plan,
+    proof: Any,
+    seconds: dict[str, float],
+    multiple: int,
+    recipe: Recipe,
+) -> Report:
+    counts = {axis: len(indices) for axis, indices in kept.items()}
+    notes = list(analysis.captured.notes)
+    if not plan.groups:
+        notes.append("no group can be cut: the model comes back whole; `fxprune explain` says what freezes each dimension")
+    elif not len(kept):
+        notes.append("nothing was removed: the target is met by the model as it is")
+    used = set(analysis.tensors)
+    unused = [n for n, _ in model.named_parameters() if n not in used and n not in analysis.captured.aliases]
+    if unused:
+        notes.append(f"{len(unused)} parameters take no part in the outputs and are left out: {', '.join(unused[:3])}")
+    return Report(
+        model=type(model).__name__,
+        macs=Pair(costs.macs({}), costs.macs(counts)),
+        params=Pair(costs.params({}), costs.params(counts)),
+        proof=proof,
+        groups=plan.groups,
+        whole={f"{w.tensor}.{w.dim}": w.reason for w in frozen_dimensions(analysis)},
+        unknown={str(target): len(nodes) for target, nodes in analysis.unknown.items()},
+        seconds=seconds,
+        round_to=multiple,
+        recipe=recipe.model_dump(mode="json"),
+        notes=notes,
+    )
+
+
+class _Clock:
+    """Seconds of each stage; tells the caller which one runs."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._progress:
+            self._progress(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,95 @@
+"""What a selection costs, as a function of how many units each group keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import nn
+
+from fxprune.analyse import Analysis
+from fxprune.axes import Axis, Dim, Fixed, Product, Size, atoms
+from fxprune.rules.core import Dims
+
+Counts = Mapping[Axis, int]
+
+
+class Costs:
+    """MACs and parameters of a model under kept counts. MACs are those of the example inputs.
+
+    Multiply-accumulates are counted for matrix products, convolutions and attention, as `torch.utils.flop_counter`
+    does (one multiply-accumulate is two of its FLOPs).
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        captured = analysis.captured
+        sizes = {s.name: _example_size(analysis, s.places[0]) for s in captured.symbols}
+        self._values: dict[Size, int] = {}
+        self._evaluate = lambda size: sum(
+            factor * prod(sizes[s] for s in term) for term, factor in captured.affine(size).items()
+        )
+        self._macs = [dims for _, dims in analysis.macs]
+        self._nodes = [node for node, _ in analysis.macs]
+        self._parameters = {
+            name: dims for name, dims in analysis.tensors.items() if isinstance(captured.tensors[name], nn.Parameter)
+        }
+        self._users: dict[Axis, list[Dims]] = {}
+        for dims in self._macs:
+            for axis in {a for d in dims for a in atoms(d)}:
+                self._users.setdefault(axis, []).append(dims)
+
+    def macs(self, counts: Counts) -> int:
+        """Return the multiply-accumulates of one forward pass on the example inputs."""
+        return self._total(self._macs, counts)
+
+    def params(self, counts: Counts) -> int:
+        """Return the number of parameters that the graph uses."""
+        return self._total(list(self._parameters.values()), counts)
+
+    def of(self, kind: str, counts: Counts) -> int:
+        """Return the cost called "macs" or "params"."""
+        return self.macs(counts) if kind == "macs" else self.params(counts)
+
+    def by_node(self, counts: Counts) -> dict[str, int]:
+        """Return the multiply-accumulates of each contraction by node name."""
+        result: dict[str, int] = {}
+        for node, dims in zip(self._nodes, self._macs, strict=True):
+            result[node.name] = result.get(node.name, 0) + self._total([dims], counts)
+        return result
+
+    def per_unit(self, axis: Axis, counts: Counts) -> int:
+        """Return the multiply-accumulates that removing one unit of an axis saves."""
+        users = self._users.get(axis, [])
+        fewer = {**counts, axis: counts.get(axis, axis.size) - 1}
+        return self._total(users, counts) - self._total(users, fewer)
+
+    def _total(self, many: list[Dims], counts: Counts) -> int:
+        known: dict[Dim, int] = {}
+        total = 0
+        for dims in many:
+            cost = 1
+            for dim in dims:
+                size = known.get(dim)
+                if size is None:
+                    size = known[dim] = self._size(dim, counts)
+                cost *= size
+            total += cost
+        return total
+
+    def _size(self, dim: Dim, counts: Counts) -> int:
+        if isinstance(dim, Axis):
+            return counts.get(dim, dim.size)
+        if isinstance(dim, Fixed):
+            if isinstance(dim.size, int):
+                return dim.size
+            if dim.size not in self._values:
+                self._values[dim.size] = self._evaluate(dim.size)
+            return self._values[dim.size]
+        if isinstance(dim, Product):
+            return prod(self._size(f, counts) for f in dim.factors)
+        return sum(self._size(p, counts) for p in dim.parts)
+
+
+def _example_size(analysis: Analysis, place: tuple[str, int]) -> int:
+    names = [n.target for n in analysis.captured.graph.nodes if n.op == "placeholder"]
+    return int(analysis.captured.inputs[names.index(place[0])].shape[place[1]])

@@ -1,0 +1,58 @@
+"""Dense and pruned, timed side by side in one run on the backend that will run the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.backends import BACKENDS
+from fxprune.backends.timing import compare
+from fxprune.report import Latency, Pair
+
+
+def measure(
+    dense: nn.Module,
+    pruned: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: str,
+    threads: int | None = None,
+    rounds: int = 30,
+    batch_dynamic: bool = True,
+) -> Latency:
+    """Build both on the backend and time them alternately on the same inputs.
+
+    Raises:
+        BackendError: the backend is missing, or one of the two cannot be built.
+    """
+    chosen = BACKENDS[backend]
+    count = threads or torch.get_num_threads()
+    runners = {
+        name: chosen.build(module, args, kwargs, threads=count, batch_dynamic=batch_dynamic)
+        for name, module in (("dense", dense), ("pruned", pruned))
+    }
+    comparison = compare(
+        {name: lambda runner=runner: runner.run(*args, **kwargs) for name, runner in runners.items()},  # type: ignore[misc]
+        reference="dense",
+        repeats=rounds,
+    )
+    before, after = comparison.latencies["dense"], comparison.latencies["pruned"]
+    speedup = comparison.ratio("pruned")
+    spread = [high - low for low, high in (before.quartiles, after.quartiles)]
+    return Latency(
+        backend=backend,
+        threads=count,
+        batch=_batch(args, kwargs),
+        milliseconds=Pair(before.median * 1e3, after.median * 1e3),
+        iqr=Pair(spread[0] * 1e3, spread[1] * 1e3),
+        speedup=speedup.median,
+        interval=(speedup.low, speedup.high),
+        rounds=rounds,
+    )
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    first = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim()), None)
+    return int(first.shape[0]) if first is not None else 1

@@ -1,0 +1,129 @@
+"""Recipes: what to do to a model, as a Python dict or the same thing in YAML. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fxprune.errors import RecipeError
+from fxprune.registry import nearest
+
+Kind = Literal["channels", "heads", "head_dims", "hidden"]
+
+
+class Target(BaseModel):
+    """What to reach: exactly one of the keys.
+
+    Attributes:
+        macs: share of the multiply-accumulates to keep, in (0, 1].
+        params: share of the parameters to keep, in (0, 1].
+        dead: remove only what is already zero or constant, without changing any output.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    macs: float | None = Field(default=None, gt=0, le=1)
+    params: float | None = Field(default=None, gt=0, le=1)
+    dead: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> Target:
+        given = [k for k in ("macs", "params") if getattr(self, k) is not None] + (["dead"] if self.dead else [])
+        if len(given) != 1:
+            raise ValueError(f"a target is exactly one of macs, params and dead, not {' and '.join(given) or 'none'}")
+        return self
+
+    @property
+    def cost(self) -> tuple[str, float]:
+        """The kind of cost and the share of it to keep."""
+        return ("macs", self.macs) if self.macs is not None else ("params", self.params or 1.0)
+
+
+class Recipe(BaseModel):
+    """All settings of a compilation.
+
+    Attributes:
+        target: what to reach.
+        criterion: name of a criterion, or {"name": ..., option: value}.
+        allocation: name of an allocator, or {"name": ..., option: value}.
+        round_to: widths are multiples of it where they are large enough; None takes what the backend runs fast.
+        keep: globs of module or parameter names that stay whole: "head", "layer1.*", "*.embeddings".
+        groups: kinds of groups that may be cut; None is all.
+        floor: no group keeps a smaller share of its units than this.
+        backend: what the model will run on.
+        proof: "full" (float64, randomised weights too) or "quick" (float32, one small input).
+        seed: of everything random.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: Target
+    criterion: str | dict[str, Any] = "magnitude"
+    allocation: str | dict[str, Any] = "uniform"
+    round_to: int | None = Field(default=None, ge=1)
+    keep: tuple[str, ...] = ()
+    groups: tuple[Kind, ...] | None = None
+    floor: float = Field(default=0.05, ge=0, lt=1)
+    backend: str = "onnxruntime"
+    proof: Literal["full", "quick"] = "full"
+    seed: int = 0
+
+    @field_validator("keep", "groups", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, **overrides: Any) -> Recipe:
+    """Return a checked recipe from a dict or a YAML file, with single keys overridden.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown, or a value is out of range; the text says which.
+
+    >>> read_recipe({"target": {"macs": 0.5}, "criterion": "random"}).criterion
+    'random'
+    >>> read_recipe({"target": {"macs": 0.5}, "criterium": "random"})
+    Traceback (most recent call last):
+        ...
+    fxprune.errors.RecipeError: recipe: there is no key 'criterium'; did you mean 'criterion'?
+    """
+    if isinstance(source, Recipe):
+        data: Any = source.model_dump(exclude_unset=True)
+    elif isinstance(source, str | Path):
+        data = _read_yaml(Path(source))
+    else:
+        data = dict(source or {})
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
+    data = {**data, **{k: v for k, v in overrides.items() if v is not None}}
+    if "target" not in data:
+        raise RecipeError('the recipe has no target; say for example {"target": {"macs": 0.5}}')
+    try:
+        return Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise RecipeError("recipe: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
+
+
+def _sentence(error: Any) -> str:
+    where = [str(p) for p in error["loc"] if p not in ("str", "dict[str,any]")]
+    if error["type"] == "extra_forbidden":
+        known = list((Target if where[:-1] else Recipe).model_fields)
+        return f"there is no key '{'.'.join(where)}'{nearest(where[-1], known).rstrip()}" + (
+            "" if nearest(where[-1], known) else f". Known: {', '.join(known)}"
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(where) or 'target'}: {message} (given: {error['input']!r})"

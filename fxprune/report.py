@@ -1,0 +1,124 @@
+"""What a compilation did, in numbers: prints as tables, serialises to JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fxprune.plan import GroupPlan
+from fxprune.prove import Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A number of the dense model and of the pruned one."""
+
+    dense: float
+    pruned: float
+
+    @property
+    def ratio(self) -> float:
+        """Return pruned / dense."""
+        return self.pruned / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Dense and pruned timed side by side in one run; milliseconds for one call.
+
+    Attributes:
+        speedup: median over rounds of dense / pruned, with a 95 % interval (low, high).
+        iqr: interquartile range of each, in milliseconds.
+    """
+
+    backend: str
+    threads: int
+    batch: int
+    milliseconds: Pair
+    iqr: Pair
+    speedup: float
+    interval: tuple[float, float]
+    rounds: int
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of one `compile`.
+
+    Attributes:
+        macs: multiply-accumulates of one forward pass on the example inputs.
+        params: parameters that the model's graph uses.
+        proof: the error measured between the pruned module and the masked dense model.
+        groups: every group with its units, dense and kept.
+        whole: parameter dimensions that stay whole -> why.
+        latency: filled by `Pruned.measure`.
+        seconds: time spent in each stage.
+        notes: what the user should know.
+    """
+
+    model: str
+    macs: Pair
+    params: Pair
+    proof: Proof
+    groups: list[GroupPlan]
+    whole: dict[str, str]
+    unknown: dict[str, int]
+    seconds: dict[str, float]
+    round_to: int
+    recipe: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return result
+
+    def tables(self) -> list[Table]:
+        """Return the report as rich tables."""
+        table = Table(title=self.model, title_justify="left")
+        for column in ("", "dense", "pruned", "pruned / dense"):
+            table.add_column(column, justify="left" if not column else "right")
+        table.add_row("parameters", f"{self.params.dense:,.0f}", f"{self.params.pruned:,.0f}", f"{self.params.ratio:.3f}")
+        table.add_row("MACs", f"{self.macs.dense:,.0f}", f"{self.macs.pruned:,.0f}", f"{self.macs.ratio:.3f}")
+        for row in self.latency:
+            where = f"{row.backend}, {row.threads} threads, batch {row.batch}"
+            table.add_row(
+                f"ms, {where}",
+                f"{row.milliseconds.dense:.2f} (IQR {row.iqr.dense:.2f})",
+                f"{row.milliseconds.pruned:.2f} (IQR {row.iqr.pruned:.2f})",
+                f"{1 / row.speedup:.3f}",
+            )
+            low, high = row.interval
+            table.add_row("speed-up", "1.00 x", f"{row.speedup:.2f} x", f"95 % in {low:.2f}-{high:.2f}")
+        table.add_row("units", *self._units())
+        return [table]
+
+    def _units(self) -> tuple[str, str, str]:
+        dense, kept = sum(g.size for g in self.groups), sum(g.kept for g in self.groups)
+        return f"{dense:,} in {len(self.groups)} groups", f"{kept:,}", f"{kept / dense if dense else 1:.3f}"
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        for table in self.tables():
+            console.print(table)
+        for line in self.lines():
+            console.print(line, highlight=False, markup=False)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return str(text).rstrip()
+
+    def lines(self) -> list[str]:
+        """Return what follows the tables: proof, frozen dimensions, notes."""
+        proof = self.proof
+        lines = [
+            f"proved: pruned equals {'the dense model' if proof.lossless else 'masked dense'} within {proof.error:.1e} "
+            f"(allowed {proof.tolerance:.0e}; {proof.level}, {proof.runs} comparisons)"
+        ]
+        lines += [f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        return lines

@@ -1,0 +1,211 @@
+"""Saved models: a directory with weights.safetensors, graph.json and plan.json. No pickles.
+
+`plan.json` names the checksums of the other two, so that a truncated or altered file is noticed before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from fxprune import graphfile
+from fxprune.analyse import analyse
+from fxprune.capture import capture
+from fxprune.errors import SavedModelError
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+
+if TYPE_CHECKING:
+    from fxprune.api import Pruned
+
+WEIGHTS, GRAPH, PLAN = "weights.safetensors", "graph.json", "plan.json"
+
+
+def save(pruned: Pruned, directory: Path, overwrite: bool = False) -> Path:
+    """Write a pruned model; see `Pruned.save`."""
+    if directory.exists() and not (overwrite and (directory / PLAN).is_file()):
+        what = "a saved model; pass overwrite=True" if (directory / PLAN).is_file() else "no saved model of fxprune"
+        raise SavedModelError(f"'{directory}' exists and is {what}, or choose another name")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise SavedModelError(f"'{directory}' cannot be written: {error.strerror}") from error
+    try:
+        _write(pruned, partial)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SavedModelError(
+            f"'{directory}' was not written: {reason}. Nothing is left under that name; free some space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _write(pruned: Pruned, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    module = pruned.module
+    trainable = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            aliases[name] = known
+        else:
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    save_file(tensors, folder / WEIGHTS)
+    (folder / GRAPH).write_text(json.dumps(graphfile.write(module)))
+    leaves, spec = pytree.tree_flatten((pruned.args, pruned.kwargs))
+    plan = {
+        "plan": json.loads(pruned.plan.to_json()),
+        "report": pruned.report.to_json(),
+        "aliases": aliases,
+        "trainable": trainable,
+        "batch_dynamic": pruned.batch_dynamic,
+        "inputs": {"spec": json.loads(pytree.treespec_dumps(spec)), "leaves": [_describe(leaf) for leaf in leaves]},
+        "sha256": {name: _checksum(folder / name) for name in (WEIGHTS, GRAPH)},
+    }
+    (folder / PLAN).write_text(json.dumps(plan, indent=1))
+
+
+def _describe(leaf: Any) -> Any:
+    """An example input: the shape, dtype and range of a tensor, or a plain value."""
+    if not isinstance(leaf, Tensor):
+        return {"value": graphfile.encode(leaf)}
+    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    if not leaf.is_floating_point() and not leaf.is_complex() and leaf.numel() and not leaf.is_meta:
+        described |= {"low": int(leaf.min()), "high": int(leaf.max())}
+    return described
+
+
+def _example(described: Any) -> Any:
+    """A seeded stand-in for an example input."""
+    if "value" in described:
+        return graphfile.decode(described["value"], {})
+    dtype, shape = getattr(torch, described["dtype"]), described["shape"]
+    generator = torch.Generator().manual_seed(0)
+    if "low" in described:
+        return torch.randint(described["low"], described["high"] + 1, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
+    """Return a saved module, in the mode it was saved in.
+
+    Args:
+        model: a dense model of the original architecture, freshly made; the plan is then replayed on it and the saved
+            weights are put into the result. Without it the saved graph is read, and the original class is not needed.
+
+    Raises:
+        SavedModelError: a file is missing, truncated or altered, or the plan does not fit the model.
+    """
+    return load_pruned(directory, model).module
+
+
+def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Pruned:
+    """Return a saved model with its plan and report; see `load`."""
+    from fxprune.api import Pruned
+
+    folder = Path(directory)
+    data = _read_json(folder, PLAN)
+    try:
+        for name, checksum in data["sha256"].items():
+            if _checksum(_file(folder, name)) != checksum:
+                raise SavedModelError(
+                    f"'{folder / name}' is truncated or altered: its checksum is not the one in {PLAN}. Save the model again"
+                )
+        weights = load_file(folder / WEIGHTS)
+        tensors = {**weights, **{alias: weights[name] for alias, name in data["aliases"].items()}}
+        args, kwargs = pytree.tree_unflatten(
+            [_example(leaf) for leaf in data["inputs"]["leaves"]], graphfile._spec(data["inputs"]["spec"])
+        )
+        plan = Plan.from_json(data["plan"])
+        if model is None:
+            module = graphfile.read(_read_json(folder, GRAPH), tensors, data["trainable"])
+        else:
+            module = _replay(model, plan, args, kwargs, tensors)
+        report = read_report(data["report"])
+    except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise SavedModelError(f"'{folder}' cannot be read: {type(error).__name__}: {error}") from error
+    return Pruned(module, plan, report, args, kwargs, model, data["batch_dynamic"])
+
+
+def _replay(
+    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: dict[str, Tensor]
+) -> fx.GraphModule:
+    analysis = analyse(capture(model, args, kwargs))
+    biases = {name: torch.zeros_like(tensors[name]) for name in plan.biases}
+    module = rewrite(analysis, plan.selection(analysis), model, biases).module
+    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise SavedModelError(f"the model gives '{name}' the shape {tuple(tensor.shape)}, but {found} was saved")
+        with torch.no_grad():
+            tensor.copy_(tensors[name])
+    return module
+
+
+def read_report(data: dict[str, Any]) -> Any:
+    """Return a report from its JSON."""
+    from fxprune.plan import GroupPlan
+    from fxprune.prove import Proof
+    from fxprune.report import Latency, Pair, Report
+
+    latency = [
+        Latency(**{**row, "milliseconds": Pair(**row["milliseconds"]), "iqr": Pair(**row["iqr"]), "interval": tuple(row["interval"])})
+        for row in data["latency"]
+    ]
+    return Report(
+        **{
+            **data,
+            "macs": Pair(**data["macs"]),
+            "params": Pair(**data["params"]),
+            "proof": Proof(**data["proof"]),
+            "groups": [GroupPlan(**g) for g in data["groups"]],
+            "latency": latency,
+        }
+    )
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such directory"
+        raise SavedModelError(f"'{path}' is missing (found: {known or 'an empty directory'})")
+    return path
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(_file(folder, name).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SavedModelError(f"'{folder / name}' is truncated or altered: {error}. Save the model again") from error
+    if not isinstance(data, dict):
+        raise SavedModelError(f"'{folder / name}' is not what fxprune writes. Save the model again")
+    return data
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with contextlib.closing(path.open("rb")) as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,18 @@
+"""Choosing what to remove.
+
+- `criteria/`  one file each: (group, statistics) -> one score for each unit; high scores stay
+- `allocate/`  one file each: (groups, scores, costs, target) -> how many units each group keeps
+- `statistics` what criteria may ask of the model
+
+`CRITERIA` and `ALLOCATORS` are the registries; `load` fills them.
+"""
+
+from fxprune.passes.registries import ALLOCATORS, CRITERIA, Allocator, Criterion, criterion
+
+__all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Criterion", "criterion", "load"]
+
+
+def load() -> None:
+    """Import every criterion and allocator, so that the registries are full."""
+    from fxprune.passes.allocate import ranking, uniform  # noqa: F401  (imported for what they register)
+    from fxprune.passes.criteria import magnitude, random  # noqa: F401

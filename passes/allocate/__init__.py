@@ -1,0 +1,1 @@
+"""Allocators, one file each: how many units every group keeps under a budget."""

@@ -1,0 +1,30 @@
+"""Global ranking: units of all groups compete by score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fxprune.costs import Costs
+from fxprune.groups import Group
+from fxprune.passes.allocate.ladder import Rung, climb, widths
+from fxprune.passes.registries import ALLOCATORS, Budget
+from fxprune.passes.statistics import Scores
+
+
+@ALLOCATORS.register("global")
+def ranking(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, budget: Budget) -> dict[str, int]:
+    """The best units of the whole model stay, whichever group they are in.
+
+    Units come in runs of one step; a run counts by its mean score, never above the run before it in its group. Scores must
+    be comparable across groups (see the criterion's `normalize`), else whole layers shrink to their floor.
+    """
+    rungs = []
+    for i, group in enumerate(groups):
+        ranked = np.sort(scores[group.name])[::-1]
+        ceiling, counts = np.inf, widths(group, budget)
+        for before, count in zip(counts, counts[1:], strict=False):
+            ceiling = min(ceiling, float(ranked[before:count].mean()))
+            rungs.append((-ceiling, i, count, Rung(group, count)))
+    return climb(groups, [r[-1] for r in sorted(rungs, key=lambda r: r[:3])], costs, budget)

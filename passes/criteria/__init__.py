@@ -1,0 +1,1 @@
+"""Criteria, one file each: how much a unit matters."""

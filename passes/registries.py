@@ -1,0 +1,100 @@
+"""The registries of criteria and allocators, and how a recipe's options reach them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.costs import Costs
+from fxprune.errors import RecipeError
+from fxprune.groups import Group
+from fxprune.passes.statistics import Scores, Statistics
+from fxprune.registry import Registry, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """A scoring function and the statistics that it needs.
+
+    Attributes:
+        score: (group, statistics, **options) -> scores of shape (units,), high ones stay.
+        needs: names of statistics beyond the weights; none of today's criteria needs any.
+    """
+
+    score: Callable[..., Scores]
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A cost and how much of it may be kept.
+
+    Attributes:
+        kind: "macs" or "params".
+        share: of the dense cost.
+        step: group name -> widths are multiples of this many units.
+        least: group name -> the fewest units that may be kept.
+    """
+
+    kind: str
+    share: float
+    step: Mapping[str, int]
+    least: Mapping[str, int]
+
+
+#: (groups, scores by group name, costs, budget, **options) -> kept units by group name.
+Allocator = Callable[..., dict[str, int]]
+
+CRITERIA: Registry[Criterion] = Registry("criterion")
+ALLOCATORS: Registry[Allocator] = Registry("allocation")
+
+
+def criterion(name: str, needs: tuple[str, ...] = ()) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+    """Register a scoring function as a criterion.
+
+    >>> import numpy as np
+    >>> from fxprune.passes.registries import CRITERIA, criterion
+    >>> @criterion("doc-last")
+    ... def last(group, statistics):
+    ...     return np.arange(group.size, dtype=float)
+    >>> "doc-last" in CRITERIA
+    True
+    """
+
+    def decorate(score: Callable[..., Scores]) -> Callable[..., Scores]:
+        CRITERIA.add(name, Criterion(score, frozenset(needs)))
+        return score
+
+    return decorate
+
+
+def with_options(function: Callable[..., Any], setting: str | Mapping[str, Any], what: str) -> Callable[..., Any]:
+    """Bind the options of a recipe entry such as {"name": "magnitude", "p": 1} to the function it names.
+
+    Raises RecipeError where the function has no such option.
+    """
+    if isinstance(setting, str):
+        return function
+    options = {k: v for k, v in setting.items() if k != "name"}
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise RecipeError(
+                f"{what} '{setting['name']}' has no option '{option}'{nearest(option, known)} "
+                f"Known: {', '.join(known) or 'none'}"
+            )
+    return functools.partial(function, **options)
+
+
+def name_of(setting: str | Mapping[str, Any], what: str) -> str:
+    """Return the name in a recipe entry; raises RecipeError where there is none."""
+    name = setting if isinstance(setting, str) else setting.get("name")
+    if not isinstance(name, str):
+        raise RecipeError(f'{what} is a name or {{"name": ..., option: value}}, not {setting!r}')
+    return name
+
+
+__all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Budget", "Costs", "Criterion", "Group", "Statistics", "criterion"]
