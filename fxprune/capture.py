@@ -72,6 +72,7 @@ class Captured:
     inputs: list[Any]
     symbols: list[Symbol]
     notes: list[str] = field(default_factory=list)
+    _formulas: dict[Size, dict[tuple[str, ...], int]] = field(default_factory=dict)
 
     def affine(self, size: Size) -> dict[tuple[str, ...], int]:
         """Return a size as a sum of products of symbols: {(): constant, ("batch",): factor, ...}.
@@ -80,6 +81,11 @@ class Captured:
         """
         if isinstance(size, int):
             return {(): size}
+        if size not in self._formulas:
+            self._formulas[size] = self._fit(size)
+        return self._formulas[size]
+
+    def _fit(self, size: tuple[int, ...]) -> dict[tuple[str, ...], int]:
         names = [s.name for s in self.symbols]
         terms = [t for n in range(len(names) + 1) for t in itertools.combinations(names, n)]
         values = {s.name: s.values for s in self.symbols}

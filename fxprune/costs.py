@@ -33,10 +33,11 @@ class Costs:
         self._parameters = {
             name: dims for name, dims in analysis.tensors.items() if isinstance(captured.tensors[name], nn.Parameter)
         }
-        self._users: dict[Axis, list[Dims]] = {}
-        for dims in self._macs:
-            for axis in {a for d in dims for a in atoms(d)}:
-                self._users.setdefault(axis, []).append(dims)
+        self._users: dict[tuple[str, Axis], list[Dims]] = {}
+        for kind, many in (("macs", self._macs), ("params", self._parameters.values())):
+            for dims in many:
+                for axis in {a for d in dims for a in atoms(d)}:
+                    self._users.setdefault((kind, axis), []).append(dims)
 
     def macs(self, counts: Counts) -> int:
         """Return the multiply-accumulates of one forward pass on the example inputs."""
@@ -57,11 +58,10 @@ class Costs:
             result[node.name] = result.get(node.name, 0) + self._total([dims], counts)
         return result
 
-    def per_unit(self, axis: Axis, counts: Counts) -> int:
-        """Return the multiply-accumulates that removing one unit of an axis saves."""
-        users = self._users.get(axis, [])
-        fewer = {**counts, axis: counts.get(axis, axis.size) - 1}
-        return self._total(users, counts) - self._total(users, fewer)
+    def change(self, kind: str, axis: Axis, counts: Counts, count: int) -> int:
+        """Return by how much the cost grows when `axis` keeps `count` units instead of what `counts` says."""
+        users = self._users.get((kind, axis), [])
+        return self._total(users, {**counts, axis: count}) - self._total(users, counts)
 
     def _total(self, many: list[Dims], counts: Counts) -> int:
         known: dict[Dim, int] = {}

@@ -87,7 +87,7 @@ class Kept(Mapping[Axis, Indices]):
 
     def select(self, tensor: Tensor, dims: tuple[Dim, ...]) -> Tensor:
         """Return the kept part of a tensor with these dimensions; the tensor itself where nothing is cut."""
-        for i, dim in enumerate(dims):
+        for i, dim in reversed(list(enumerate(dims))):  # the last first: its pieces are the smallest to copy
             if self.cut(dim):
                 tensor = tensor.index_select(i, torch.from_numpy(self.index(dim)).to(tensor.device))
         return tensor

@@ -141,9 +141,21 @@ def _prod_all(x: Tensor, mask: Tensor, **_: Any) -> Tensor:
     return _filled(x, mask, 1.0).prod()
 
 
-@_for(aten.all.dim)
-def _all(x: Tensor, mask: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    return (x | ~mask).all(dim, keepdim)
+@_for(aten.all.dim, aten.all.dims, aten.all.default)
+def _all(x: Tensor, mask: Tensor, dims: Any = None, keepdim: bool = False) -> Tensor:
+    return ((x != 0) | ~mask).all(_dims(x, dims), keepdim)
+
+
+@_for(aten.linalg_vector_norm.default)
+def _vector_norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    """A norm of negative order is small where one entry is: there, entries that are infinite do not count."""
+    value = math.inf if order < 0 else 0.0
+    return torch.linalg.vector_norm(_filled(x, mask, value), order, _dims(x, dims), keepdim)
+
+
+@_for(aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+def _norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False) -> Tensor:
+    return _vector_norm(x, mask, 2 if order is None else order, dims, keepdim)
 
 
 @_for(aten.layer_norm.default)

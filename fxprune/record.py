@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import CaptureError
+from fxprune.shortcuts import shortcut
 
 aten = torch.ops.aten
 _TORCH_DIR = os.path.dirname(torch.__file__)
@@ -112,8 +113,10 @@ class Recorder(ProxyTorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C._DisablePythonDispatcher():
-            out = func(*args, **kwargs)
+        out = shortcut(func, args, kwargs)
+        if out is None:
+            with torch._C._DisablePythonDispatcher():
+                out = func(*args, **kwargs)
         tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, list | tuple) else []
         if not any(isinstance(t, Tensor) for t in tensors):
             return out  # a question about metadata, answered by a Python value

@@ -28,11 +28,13 @@ class Rewritten:
 
     Attributes:
         names: name of a tensor in the emitted module -> its name in the captured one.
+        biases: what was added to which of its biases, before rounding to the model's precision.
     """
 
     module: fx.GraphModule
     nodes: dict[fx.Node, fx.Node]
     names: dict[str, str]
+    biases: dict[str, Tensor]
 
 
 def rewrite(analysis: Analysis, kept: Kept, model: nn.Module, biases: dict[str, Tensor] | None = None) -> Rewritten:
@@ -40,7 +42,8 @@ def rewrite(analysis: Analysis, kept: Kept, model: nn.Module, biases: dict[str, 
 
     Args:
         model: the original, for what the graph does not hold: its mode, the names of `forward`'s parameters.
-        biases: layer path -> a bias to add to the layer's own (constants of removed units folded into consumers).
+        biases: tensor name -> what to add to a bias (constants of removed units folded into their consumers); a layer
+            `X` without one gets a new `X.bias`.
     """
     return _Rewriter(analysis, kept, model, biases or {}).run()
 
@@ -62,6 +65,7 @@ class _Rewriter:
     _layers: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     _children: dict[str, nn.Module] = field(default_factory=dict)
     _last_input: fx.Node | None = None
+    _modules: dict[str, nn.Module] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ what rules may ask (rules.core.Literals)
     def size(self, dim: Dim) -> Any:
@@ -135,6 +139,7 @@ class _Rewriter:
     # ------------------------------------------------------------------ the walk
     def run(self) -> Rewritten:
         captured = self.analysis.captured
+        self._modules = dict(self.model.named_modules())
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self._last_input = self.nodes[node] = self.graph.placeholder(node.target)
@@ -144,7 +149,7 @@ class _Rewriter:
                 self.nodes[node].meta = {k: node.meta[k] for k in ("path", "source", "dtype") if k in node.meta}
             elif node.op == "output":
                 self.nodes[node] = self.graph.output(self._mapped(node.args[0]))
-        return Rewritten(self._module(), self.nodes, self.names)
+        return Rewritten(self._module(), self.nodes, self.names, self.biases)
 
     def _mapped(self, tree: Any) -> Any:
         """The arguments in terms of the new graph."""
@@ -191,6 +196,8 @@ class _Rewriter:
             with torch.no_grad():
                 small = self.kept.select(dense.detach(), self.analysis.tensors[name])
                 small = small.clone() if small.data_ptr() == dense.data_ptr() or small.is_inference() else small
+                if name in self.biases:
+                    small = small + self.biases[name].to(small)
             if isinstance(dense, nn.Parameter):
                 small = nn.Parameter(small, requires_grad=dense.requires_grad)
             self._sliced[name] = small
@@ -281,14 +288,12 @@ class _Rewriter:
         shapes = self.analysis.dims[node]
         if len(shapes) > 1:
             others = others | {"rank": len(shapes), "channels": self.kept.size(shapes[1])}
-        original = self.model.get_submodule(path) if path in self._paths() else None
+        original = self._modules.get(path)
         if "momentum" in others:
             others["momentum"] = getattr(original, "momentum", others["momentum"])
-        extra = self.biases.get(path)
-        if extra is not None:
-            bias = tensors.get("bias")
-            total = extra.to(tensors["weight"].dtype) + (bias.detach() if bias is not None else 0)
-            tensors["bias"] = nn.Parameter(total, requires_grad=tensors["weight"].requires_grad)
+        if "bias" not in tensors and f"{path}.bias" in self.biases:
+            weight = tensors["weight"]
+            tensors["bias"] = nn.Parameter(self.biases[f"{path}.bias"].to(weight), requires_grad=weight.requires_grad)
         layer: nn.Module = kind.build(tensors, others)
         for own, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter) or own not in layer._buffers:
@@ -311,9 +316,6 @@ class _Rewriter:
         layer._parameters.pop(name, None)
         layer.register_buffer(name, tensor)
 
-    def _paths(self) -> set[str]:
-        return {n for n, _ in self.model.named_modules()}
-
     def _dropout(self, node: fx.Node) -> fx.Node:
         """Dropout becomes a layer, so that it follows train() and eval()."""
         probability = node.args[1]
@@ -323,7 +325,7 @@ class _Rewriter:
             return operand
         path = node.meta.get("path") or "dropout"
         occupied = self._owner(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2])
-        own = self.model.get_submodule(path) if path in self._paths() else None
+        own = self._modules.get(path)
         if occupied is not None or own is None or any(True for _ in own.children()) or own._parameters:
             number = 0
             while f"dropout{number or ''}" in self._owner(path)._modules:
@@ -341,7 +343,7 @@ class _Rewriter:
             path, _, leaf = name.rpartition(".")
             module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
         self._tie(module)
-        modes = {path: m.training for path, m in self.model.named_modules()}
+        modes = {path: m.training for path, m in self._modules.items()}
         for path, child in module.named_modules():
             while path not in modes:
                 path = path.rpartition(".")[0]

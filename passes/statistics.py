@@ -32,27 +32,35 @@ class Statistics:
     def weight_sums(self, name: str, dim: int, p: float) -> Scores:
         """Return the sum of |w|^p over all other dimensions of a parameter, one number for each index of `dim`.
 
+        `dim` is not a kernel dimension.
+
         Raises:
             NonFiniteError: the parameter holds NaN or infinity.
             InputError: the parameter has no values (it is on the meta device).
         """
-        key = (name, dim, p)
-        if key not in self._sums:
-            tensor = self.analysis.captured.tensors[name].detach()
-            if tensor.is_meta:
-                raise InputError(f"'{name}' is on the meta device and has no values to rank; use criterion 'random'")
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor = tensor.float()
-            others = [d for d in range(tensor.dim()) if d != dim]
-            norm = torch.linalg.vector_norm(tensor, p, dim=others) if others else tensor.abs()
-            sums = norm.double().cpu().numpy() ** p
-            if not np.isfinite(sums).all():
+        if (name, 0, p) not in self._sums:
+            self._sum(name, p)
+        return self._sums[name, dim, p]
+
+    def _sum(self, name: str, p: float) -> None:
+        """Fill the sums of all dimensions of one parameter: |w|^p is computed once, kernels are summed first."""
+        tensor = self.analysis.captured.tensors[name].detach()
+        if tensor.is_meta:
+            raise InputError(f"'{name}' is on the meta device and has no values to rank; use criterion 'random'")
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        power = tensor * tensor if p == 2 else tensor.abs() ** p
+        if power.dim() > 3:
+            power = power.flatten(2).sum(2)
+        for dim in range(power.dim()):  # nothing ever cuts a kernel dimension
+            sums = power.sum([d for d in range(power.dim()) if d != dim]) if power.dim() > 1 else power
+            values = sums.double().cpu().numpy()
+            if not np.isfinite(values).all():
                 raise NonFiniteError(
-                    f"'{name}' holds NaN or infinite values (first at index {int(np.argmin(np.isfinite(sums)))} of "
+                    f"'{name}' holds NaN or infinite values (first at index {int(np.argmin(np.isfinite(values)))} of "
                     f"dimension {dim}); mend the weights, or list the module under `keep`"
                 )
-            self._sums[key] = sums
-        return self._sums[key]
+            self._sums[name, dim, p] = values
 
     def weight_power(self, group: Group, p: float) -> Scores:
         """Return sum |w|^p over all weights that each unit of the group cuts, shape (units,).

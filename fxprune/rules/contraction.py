@@ -33,10 +33,16 @@ def matmul(site: Site, a: Dims, b: Dims, **_: Any) -> Dims:
     return (*batch, *rows, *columns)
 
 
-@rule(aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default)
+@rule(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
 def addmm(site: Site, bias: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
     """bias + a b."""
     return site.broadcast(bias, matmul(site, a, b))
+
+
+@rule(aten.addbmm.default)
+def addbmm(site: Site, bias: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
+    """bias + the sum over the batch of a b."""
+    return site.broadcast(bias, matmul(site, a, b)[1:])
 
 
 @rule(aten.outer.default)

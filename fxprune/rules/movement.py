@@ -15,10 +15,32 @@ from fxprune.rules.core import Dims, Literals, Site, as_size, aten, output_shape
 @rule(aten.view.default, literals=output_shape("size"))
 @rule(aten._unsafe_view.default, literals=output_shape("size"))
 @rule(aten.reshape.default, literals=output_shape("shape"))
-@rule(aten.flatten.using_ints, aten.squeeze, aten.unsqueeze.default, aten.ravel.default, aten.atleast_1d.default)
-@rule(aten.view_as.default, aten.reshape_as.default, aten.atleast_2d.default, aten.atleast_3d.default)
+@rule(aten.flatten.using_ints, aten.unsqueeze.default, aten.ravel.default)
+@rule(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default)
 def reshape(site: Site, x: Dims, *_: Any) -> Dims:
     """The factors of all dimensions in row-major order, grouped anew."""
+    return site.axes.regroup(x, site.shape, site.node)
+
+
+@rule(aten.view_as.default, aten.reshape_as.default)
+def reshape_as(site: Site, x: Dims, other: Dims) -> Dims:
+    """The shape comes from another tensor, and follows it."""
+    dims = site.axes.regroup(x, site.shape, site.node)
+    return tuple(site.unify(a, b) for a, b in zip(dims, other, strict=True))
+
+
+def _squeezed(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """A dimension of which one index is left is no dimension to squeeze: name those that had size 1 before."""
+    x = rw.dims(args["self"])
+    if not any(rw.cut(d) for d in x):
+        return {}
+    asked = args.get("dim", range(len(x)))
+    dims = [positive(d, len(x)) for d in (asked if isinstance(asked, list | tuple | range) else [asked])]
+    return {"": aten.squeeze.dims, "self": args["self"], "dim": [d for d in dims if size_of(x[d]) == 1]}
+
+
+@rule(aten.squeeze, literals=_squeezed)
+def squeeze(site: Site, x: Dims, *_: Any) -> Dims:
     return site.axes.regroup(x, site.shape, site.node)
 
 
@@ -48,9 +70,15 @@ def transpose(site: Site, x: Dims, a: int, b: int) -> Dims:
     return tuple(dims)
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.mH.default, aten.adjoint.default)
+@rule(aten.t.default, aten.mT.default, aten.mH.default, aten.adjoint.default)
 def t(site: Site, x: Dims) -> Dims:
-    return x if len(x) < 2 else (*x[:-2], x[-1], x[-2]) if len(x) > 2 else (x[1], x[0])
+    return (*x[:-2], x[-1], x[-2]) if len(x) > 1 else x
+
+
+@rule(aten.numpy_T.default)
+def numpy_t(site: Site, x: Dims) -> Dims:
+    """All dimensions in reverse order."""
+    return x[::-1]
 
 
 @rule(aten.movedim.int)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxprune.axes import Axis
 from fxprune.costs import Costs
 from fxprune.errors import TargetError
 from fxprune.groups import Group
@@ -40,11 +41,11 @@ def climb(groups: list[Group], order: list[Rung], costs: Costs, budget: Budget) 
     dense = costs.of(budget.kind, {})
     allowed = budget.share * dense
 
-    def counts(number: int) -> dict[object, int]:
+    def counts(number: int) -> dict[Axis, int]:
         return {**lowest, **{rung.group.axis: rung.count for rung in order[:number]}}
 
     def cost(number: int) -> int:
-        return costs.of(budget.kind, counts(number))  # type: ignore[arg-type]
+        return costs.of(budget.kind, counts(number))
 
     if cost(0) > allowed:
         raise TargetError(
@@ -55,16 +56,15 @@ def climb(groups: list[Group], order: list[Rung], costs: Costs, budget: Budget) 
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= allowed else (low, middle - 1)
-    kept = counts(low)
-    full: set[object] = set()
+    kept, total = counts(low), cost(low)
+    full: set[Axis] = set()
     for rung in order[low:]:
-        if rung.group.axis in full:
+        axis = rung.group.axis
+        if axis in full:
             continue
-        wider = {**kept, rung.group.axis: rung.count}
-        if costs.of(budget.kind, wider) <= allowed:  # type: ignore[arg-type]
-            kept = wider
+        growth = costs.change(budget.kind, axis, kept, rung.count)
+        if total + growth <= allowed:
+            kept[axis], total = rung.count, total + growth
         else:
-            full.add(rung.group.axis)
-            if len(full) == len(groups):
-                break
+            full.add(axis)
     return {g.name: kept[g.axis] for g in groups}

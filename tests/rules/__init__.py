@@ -73,7 +73,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(("bias", "running_mean")):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
-            elif tensor.is_floating_point() and tensor.dim() <= 1:
+            elif tensor.is_floating_point() and (tensor.dim() <= 1 or tensor.min() == tensor.max()):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
@@ -102,11 +102,11 @@ class Sample:
     def build(self) -> nn.Module:
         """Return the model, in eval mode, the same each time."""
         torch.manual_seed(0)
-        model = Net(self.function).eval()
+        model = Net(self.function)
         with torch.no_grad():
             model(*self.inputs(3))
         randomise(model)
-        return model
+        return model.eval()
 
 
 def sample(

@@ -1,0 +1,341 @@
+"""Dead units: what can be removed without changing any output.
+
+A model that went through sparse training, or under masks, has channels whose weights are zero. Such a channel is not
+always silent: a bias, or batch norm's shift through an activation, makes it a constant. It is removed all the same, its
+constant folded into the biases of its consumers.
+
+Which values are constant is found by running the dense graph once on inputs of NaN: whatever is a number at the end does not
+depend on the inputs. Products with zero weights are taken as zero there, whatever the other factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxprune.analyse import Analysis
+from fxprune.axes import Axis, Dim, atoms
+from fxprune.groups import Group, positions
+from fxprune.kept import Indices, Kept
+from fxprune.masked import MASKED
+from fxprune.passes.choose import blocked
+from fxprune.prove import Reference, dense_weights, random_inputs
+from fxprune.recipe import Recipe
+from fxprune.rules.core import RULES, bind
+from fxprune.rules.pointwise import pointwise
+
+aten = torch.ops.aten
+NAN = float("nan")
+
+#: Products of an activation with weights: (activation, weight, bias) by argument name.
+_WEIGHTED = {
+    aten.linear.default: ("input", "weight", "bias"),
+    aten.addmm.default: ("mat1", "mat2", "self"),
+    **{
+        getattr(getattr(aten, f"conv{rank}d"), overload): ("input", "weight", "bias")
+        for rank in (1, 2, 3)
+        for overload in ("default", "padding")
+    },
+}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mul.Tensor}
+#: NaN passes through these by itself: they move elements, or sum and average them.
+_HONEST = ("movement", "spatial")
+_HONEST_NAMES = {"sum", "mean", "select", "unbind", "index_select", "layer_norm", "softmax"}
+
+
+def find_dead(analysis: Analysis, groups: list[Group], recipe: Recipe) -> tuple[Kept, dict[str, Tensor]]:
+    """Return what is kept when every dead unit goes, and what is to be added to which bias (by tensor name)."""
+    constants = _Constants(analysis)
+    with torch.no_grad():
+        constants.run(random_inputs(analysis.captured, recipe.seed, batch=2))
+    kept: dict[Axis, Indices] = {}
+    for group in groups:
+        if blocked(group, recipe) is None:
+            alive = ~_dead_units(analysis, constants, group.axis)
+            if not alive.any():
+                alive[0] = True  # an empty layer is not a layer; one dead unit stays
+            kept[group.axis] = np.flatnonzero(alive)
+    selection = Kept(kept)
+    with torch.no_grad():
+        return selection, _folded(analysis, constants, selection)
+
+
+@dataclass
+class _Constants(Reference):
+    """Runs the dense graph in float64 and keeps, for every node, its value where known and NaN where it is not."""
+
+    analysis: Analysis
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.analysis, Kept({}), dense_weights(self.analysis.captured), torch.float64)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self._value(n)
+        self.values[n] = value
+        return value
+
+    def _value(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return self._unknown(super().run_node(n))
+        if n.op != "call_function":
+            return super().run_node(n)
+        if not any(self._has_unknown(a) for a in n.all_input_nodes):
+            return super().run_node(n)
+        positional = bind(n.target, n.args, dict(n.kwargs))[0] if hasattr(n.target, "_schema") else {}
+        if n.target in _WEIGHTED or n.target in _PRODUCTS:
+            return self._product(n, positional)
+        if n.target is aten.batch_norm.default:
+            return self._batch_norm(n, positional)
+        if self._honest(n):
+            return super().run_node(n)
+        if n.target is aten.embedding.default:
+            table = self.values[positional["weight"]]
+            row = torch.where((table == table[:1]).all(0), table[0], NAN)
+            return row.expand(*self.values[positional["indices"]].shape, -1)
+        known = fx.node.map_arg((n.args, dict(n.kwargs)), lambda a: _number(self.values[a]))
+        result = self._run_on(n, *known)
+        if RULES.get(n.target) is not None and RULES[n.target].infer is pointwise and isinstance(result, Tensor):
+            unknown = torch.zeros(result.shape, dtype=torch.bool)
+            for a in n.all_input_nodes:
+                unknown = unknown | _unknown_mask(self.values[a])
+            return self._marked(result, unknown)
+        if isinstance(result, list | tuple):
+            return [self._unknown(r) for r in result]
+        return self._unknown(result)
+
+    def _run_on(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        if n in self._varying:
+            from fxprune.capture import Varying
+
+            args, kwargs = torch.utils._pytree.tree_map(
+                self._literal, (args, kwargs), is_leaf=lambda v: isinstance(v, Varying)
+            )
+        return self.call(n.target, tuple(args), kwargs)
+
+    def _product(self, n: fx.Node, named: dict[str, Any]) -> Tensor:
+        """A product with an exact zero is zero, whatever the other factor."""
+        names = _WEIGHTED.get(n.target)
+        first, second = [named[k] for k in names[:2]] if names else list(named.values())[:2]
+        a = self.values[first]
+        b = self.values[second] if isinstance(second, fx.Node) else torch.tensor(float(second), dtype=torch.float64)
+        arguments = [_number(self.values[v]) if isinstance(v, fx.Node) else v for v in named.values()]
+        if any(not (t.is_floating_point() and isinstance(t, Tensor)) for t in (a, b)):
+            return self._unknown(self._run_on(n, arguments, {}))  # type: ignore[no-any-return]
+        result = self._run_on(n, arguments, {})
+        place = [list(named).index(k) for k in names[:2]] if names else [0, 1]
+        unknown = torch.zeros(())
+        for left, right in ((_flags(a), _nonzero(b)), (_nonzero(a), _flags(b))):
+            shadow = list(arguments)
+            shadow[place[0]], shadow[place[1]] = left, right
+            if names and shadow[list(named).index(names[2])] is not None:
+                shadow[list(named).index(names[2])] = torch.zeros_like(arguments[list(named).index(names[2])])
+            unknown = unknown + self._run_on(n, shadow, {})
+        return torch.where(unknown > 0, NAN, result)
+
+    def _batch_norm(self, n: fx.Node, named: dict[str, Any]) -> Tensor:
+        """A channel whose scale is zero gives its shift, whatever comes in."""
+        result: Tensor = super().run_node(n)
+        weight, bias = named["weight"], named["bias"]
+        if weight is not None:
+            shape = [1, -1] + [1] * (result.dim() - 2)
+            silent = (self.values[weight] == 0).reshape(shape)
+            shift = self.values[bias].reshape(shape) if bias is not None else torch.zeros((), dtype=torch.float64)
+            result = torch.where(silent, shift, result)
+        return result
+
+    def _honest(self, n: fx.Node) -> bool:
+        rule = RULES.get(n.target)
+        if rule is None:
+            return n.target.__class__.__name__ == "builtin_function_or_method"  # operator.getitem
+        family = rule.infer.__module__.rpartition(".")[2]
+        name = n.target.overloadpacket.__name__
+        floats = all(_is_float(self.values[a]) for a in n.all_input_nodes)
+        return floats and (family in _HONEST or name in _HONEST_NAMES)
+
+    def _has_unknown(self, n: fx.Node) -> bool:
+        values = self.values[n]
+        return any(
+            bool(_unknown_mask(v).any()) for v in (values if isinstance(values, list | tuple) else [values]) if isinstance(v, Tensor)
+        )
+
+    @staticmethod
+    def _unknown(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.full_like(value, NAN) if value.is_floating_point() else _Tainted(value)
+
+    @staticmethod
+    def _marked(value: Tensor, unknown: Tensor) -> Any:
+        if value.is_floating_point():
+            return torch.where(unknown, NAN, value)
+        return _Tainted(value) if bool(unknown.any()) else value
+
+
+class _Tainted(torch.Tensor):
+    """An integer or boolean tensor that depends on the inputs: it has no NaN to say so."""
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> _Tainted:
+        return value.as_subclass(cls)
+
+
+def _is_float(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(not isinstance(v, Tensor) or v.is_floating_point() for v in values)
+
+
+def _number(value: Any) -> Any:
+    """The value with every unknown replaced by a number, so that operators can run on it."""
+    if isinstance(value, _Tainted):
+        return value.as_subclass(Tensor)
+    return torch.nan_to_num(value, nan=0.5) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _unknown_mask(value: Any) -> Tensor:
+    if isinstance(value, _Tainted):
+        return torch.ones(value.shape, dtype=torch.bool)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.isnan(value)
+    return torch.zeros(value.shape if isinstance(value, Tensor) else (), dtype=torch.bool)
+
+
+def _flags(value: Tensor) -> Tensor:
+    return torch.isnan(value).double()
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    return (torch.isnan(value) | (value != 0)).double()
+
+
+# ---------------------------------------------------------------------- which units go
+def _dead_units(analysis: Analysis, constants: _Constants, axis: Axis) -> Any:
+    """True for every unit of the axis that each of its consumers can do without."""
+    dead = np.ones(axis.size, dtype=bool)
+    for node in analysis.captured.graph.nodes:
+        for operand in _operands(node):
+            dims = analysis.dims[operand]
+            carries = [i for i, d in enumerate(dims) if axis in set(atoms(d))] if isinstance(dims, tuple) else []
+            if not carries or operand.op == "get_attr" or not dead.any():
+                continue
+            out = analysis.dims[node]
+            passes = any(axis in set(atoms(d)) for ds in (out if isinstance(out, list) else [out]) for d in ds)
+            if passes and not _mixes(node, dims, carries):
+                continue
+            if passes or len(carries) != 1:
+                return np.zeros(axis.size, dtype=bool)
+            dead &= _removable(analysis, constants, node, operand, axis, carries[0])
+    return dead
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op == "call_function":
+        yield from node.all_input_nodes
+
+
+def _mixes(node: fx.Node, dims: Any, carries: list[int]) -> bool:
+    """Whether the operator reduces over a dimension that it also passes on, as norms and softmax do."""
+    if node.target not in MASKED:
+        return False
+    named, _ = bind(node.target, node.args, dict(node.kwargs))
+    rank = len(dims)
+    if "normalized_shape" in named:
+        return any(i >= rank - len(named["normalized_shape"]) for i in carries)
+    if "num_groups" in named:
+        return 1 in carries
+    over = named.get("dim")
+    over = list(range(rank)) if over is None else [over] if isinstance(over, int) else list(over)
+    return any(i in {d % rank for d in over} for i in carries)
+
+
+def _removable(
+    analysis: Analysis, constants: _Constants, node: fx.Node, operand: fx.Node, axis: Axis, dim: int
+) -> Any:
+    """True for the units whose contribution to a contraction is zero, or a constant that a bias can hold."""
+    value = constants.values[operand]
+    zero = ~np.asarray(((value != 0) | torch.isnan(value)).movedim(dim, 0).flatten(1).any(1))
+    fine = zero
+    if node.target in _WEIGHTED and _bias_name(analysis, node) is not None:
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        if named[_WEIGHTED[node.target][0]] is operand:
+            flat = value.movedim(dim, 0).flatten(1)
+            constant = np.asarray((flat == flat[:, :1]).all(1))
+            fine = zero | (constant if not _padded(named) else zero)
+    elif node.target not in _WEIGHTED and node.target not in _PRODUCTS and node.target is not aten.sum.dim_IntList:
+        fine = np.zeros(len(zero), dtype=bool)
+    unused = _unused(constants, node, operand)
+    per_entry = fine if unused is None else fine | unused
+    return _all_entries(analysis.dims[operand][dim], axis, per_entry)
+
+
+def _unused(constants: _Constants, node: fx.Node, operand: fx.Node) -> Any:
+    """True where the weights that an entry of the operand is multiplied with are all zero; None where that is not known."""
+    if node.target is not aten.linear.default:
+        return None
+    named, _ = bind(node.target, node.args, dict(node.kwargs))
+    weight = constants.values[named["weight"]]
+    return np.asarray((weight == 0).all(0)) if named["input"] is operand and weight.dim() == 2 else None
+
+
+def _all_entries(dim: Dim, axis: Axis, flags: Any) -> Any:
+    """True for the units all of whose entries are flagged."""
+    result = np.ones(axis.size, dtype=bool)
+    for units in positions(dim, axis):
+        bad = units[(units >= 0) & ~flags]
+        result[bad] = False
+    return result
+
+
+def _padded(named: dict[str, Any]) -> bool:
+    padding = named.get("padding", 0)
+    return isinstance(padding, str) and padding != "valid" or any(np.atleast_1d(padding if not isinstance(padding, str) else 0))
+
+
+def _bias_name(analysis: Analysis, node: fx.Node) -> str | None:
+    """The bias that a contraction adds, by name; for a bias-free layer the name that its bias would have."""
+    named, _ = bind(node.target, node.args, dict(node.kwargs))
+    bias, weight = named[_WEIGHTED[node.target][2]], named[_WEIGHTED[node.target][1]]
+    if isinstance(bias, fx.Node):
+        alone = bias.op == "get_attr" and len(bias.users) == 1
+        return str(bias.target) if alone else None
+    name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    if not name.endswith(".weight") or len(weight.users) != 1 or node.target is aten.addmm.default:
+        return None
+    bias_name = name.removesuffix("weight") + "bias"
+    return bias_name if bias_name not in analysis.captured.tensors else None
+
+
+def _folded(analysis: Analysis, constants: _Constants, kept: Kept) -> dict[str, Tensor]:
+    """What removed units contributed to each contraction, as an addition to its bias."""
+    biases: dict[str, Tensor] = {}
+    for node in analysis.captured.graph.nodes:
+        if node.target not in _WEIGHTED:
+            continue
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        operand = named[_WEIGHTED[node.target][0]]
+        dims = analysis.dims[operand]
+        cut = [i for i, d in enumerate(dims) if kept.cut(d)]
+        name = _bias_name(analysis, node)
+        if not cut or name is None:
+            continue
+        value = torch.nan_to_num(constants.values[operand], nan=0.0)
+        for i in cut:
+            gone = torch.from_numpy(~kept.mask(dims[i])).reshape([-1 if j == i else 1 for j in range(value.dim())])  # type: ignore[operator]
+            value = value * gone
+        arguments = [constants.values[v] if isinstance(v, fx.Node) else v for v in named.values()]
+        arguments[list(named).index(_WEIGHTED[node.target][0])] = value
+        bias_place = list(named).index(_WEIGHTED[node.target][2])
+        if arguments[bias_place] is not None:
+            arguments[bias_place] = torch.zeros_like(arguments[bias_place])
+        result = constants._run_on(node, arguments, {})
+        channel = 1 if str(node.target).startswith("aten.conv") else -1
+        added = result.movedim(channel, 0).flatten(1)[:, 0]
+        if bool((added != 0).any()):
+            out = analysis.dims[node][channel]
+            biases[name] = kept.select(added, (out,))
+    return biases

@@ -1,0 +1,157 @@
+"""Samples for operators that pick entries by index."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rules import Net, aten, sample
+from torch import Tensor
+
+
+def _integers(high: int, *shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    def make(batch: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(batch)
+        return (torch.randint(0, high, (batch, *shape), generator=generator),)
+
+    return make
+
+
+@functools.cache
+def _held(values: str) -> Tensor:
+    return torch.tensor(ast.literal_eval(values))
+
+
+def _at(values: list[Any]) -> Tensor:
+    """One and the same tensor each time, as a model keeps an index in an attribute that is no buffer."""
+    return _held(repr(values))
+
+
+def _hidden(net: Net, x: Tensor, out: int = 8) -> Tensor:
+    return net.linear(x, out).tanh()
+
+
+def _fused(net: Net, x: Tensor) -> Tensor:
+    q, k, v = aten.unbind.int(net.linear(x, 24).view(-1, 3, 8), 1)
+    return net.linear(q * k.sigmoid() + v.sin(), 3)
+
+
+def _put(net: Net, x: Tensor, *values: int) -> Tensor:
+    h = _hidden(net, x.unsqueeze(-1))
+    return net.linear(aten.index_put.default(h, [None, _at([0, 2])], net.parameter(*values)), 3)
+
+
+SAMPLES = [
+    sample(
+        aten.embedding.default,
+        lambda net, x: net.linear(aten.embedding.default(net.parameter(9, 8), x).tanh(), 3),
+        inputs=_integers(9, 4),
+        groups=[8],
+    ),
+    sample(
+        aten.embedding.default,
+        lambda net, x: net.linear(net.layer(lambda: torch.nn.Embedding(9, 8))(x).tanh(), 3),
+        inputs=_integers(9, 4),
+        groups=[8],
+        note="layer",
+    ),
+    sample(aten.select.int, lambda net, x: net.linear(_hidden(net, x)[:, 1], 3), 4, 5, groups=[8]),
+    sample(
+        aten.select.int,
+        lambda net, x: net.linear((y := net.linear(x, 24).view(-1, 3, 8))[:, 0] * y[:, -1].sin() + y[:, 1], 3),
+        groups=[8],
+        note="fused",
+    ),
+    sample(
+        aten.select.int,
+        lambda net, x: net.linear(_hidden(net, x), 3) * _hidden(net, x)[:, 2].unsqueeze(-1),
+        groups=[8],
+        note="one channel",
+    ),
+    sample(aten.unbind.int, _fused, groups=[8]),
+    sample(
+        aten.select_scatter.default,
+        lambda net, x: net.linear(aten.select_scatter.default(_hidden(net, x), net.linear(x[:, 0], 8), 1, 2), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.index_select.default,
+        lambda net, x: net.linear(aten.index_select.default(_hidden(net, x), 1, _at([2, 0, 2])), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.index_select.default,
+        lambda net, x: net.linear(aten.index_select.default(_hidden(net, x), -1, _at([5, 0, 5])), 3),
+        groups=[3],  # of the index itself
+        note="channels",
+    ),
+    sample(
+        aten.index_select.default,
+        lambda net, x: net.linear(aten.index_select.default(_hidden(net, x), 1, torch.tensor([2, 0, 2])), 3),
+        *(4, 5),
+        groups=[8],
+        note="made in forward",
+        xfail="a tensor made from numbers in forward cannot be captured twice",
+    ),
+    sample(
+        aten.gather.default,
+        lambda net, x: net.linear(
+            aten.gather.default(h := _hidden(net, x), 1, h.argmax(1, keepdim=True)), 3
+        ),
+        *(4, 5),
+        groups=[8],
+        note="same",
+    ),
+    sample(
+        aten.gather.default,
+        lambda net, x: net.linear(aten.gather.default(_hidden(net, x), -1, (x > 0).to(torch.int64)), 3),
+        groups=[],
+    ),
+    sample(
+        aten.index.Tensor,
+        lambda net, x: net.linear(aten.index.Tensor(_hidden(net, x), [None, _at([1, 0, 3])]), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.index.Tensor,
+        lambda net, x: net.linear(
+            aten.index.Tensor(_hidden(net, x).transpose(1, 2), [_at([0, 1]), None, _at([[1], [2]])]), 3
+        ),
+        *(4, 5),
+        groups=[8],
+        note="apart",
+    ),
+    sample(
+        aten.index.Tensor,
+        lambda net, x: net.linear(net.parameter(4, 8)[x], 3),
+        inputs=_integers(4, 3),
+        groups=[8],
+        note="table",
+    ),
+    sample(
+        aten.index.Tensor,
+        lambda net, x: net.linear(net.parameter(9, 4)[_offsets().view(-1)].view(3, 3, 4) * _hidden(net, x, 4), 3),
+        *(3, 3, 5),
+        groups=[4],
+        note="relative positions",
+    ),
+    sample(aten.index_put.default, lambda net, x: _put(net, x, 2, 8), groups=None),
+    sample(aten.index_put.default, lambda net, x: _put(net, x), groups=[8], note="one value"),
+    sample(
+        aten.one_hot.default,
+        lambda net, x: net.linear(net.linear(aten.one_hot.default(x, 5).to(torch.float32), 8).tanh(), 3),
+        inputs=_integers(5, 4),
+        groups=[8],
+    ),
+]
+
+
+def _offsets() -> Tensor:
+    place = torch.arange(3)
+    return place[:, None] - place[None, :] + 2

@@ -1,0 +1,75 @@
+"""Samples for normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rules import Net, Sample, aten, sample
+from torch import Tensor, nn
+
+
+def _image(
+    target: object, make: Callable[[], nn.Module], groups: list[int], *, out: int = 8, rank: int = 2, note: str = ""
+) -> Sample:
+    """One layer between two convolutions."""
+    function = lambda net, x: net.conv(net.layer(make)(net.conv(x, out)).sin(), 3)  # noqa: E731
+    return sample(target, function, 2, *(4, 3, 2)[:rank], groups=groups, note=note)
+
+
+def _tokens(target: object, make: Callable[[], nn.Module], groups: list[int], note: str = "") -> Sample:
+    """One layer between two linear layers."""
+    return sample(
+        target, lambda net, x: net.linear(net.layer(make)(net.linear(x, 8)).sin(), 3), 4, 5, groups=groups, note=note
+    )
+
+
+def _per_head(net: Net, x: Tensor) -> Tensor:
+    """Queries normalised in each head."""
+    y = net.linear(x, 12).unflatten(-1, (3, 4))
+    return net.linear(net.layer(lambda: nn.RMSNorm(4))(y).flatten(-2), 3)
+
+
+BATCH, INSTANCE, GROUP = aten.batch_norm.default, aten.instance_norm.default, aten.group_norm.default
+LAYER, RMS = aten.layer_norm.default, aten.rms_norm.default
+
+SAMPLES = [
+    _image(BATCH, lambda: nn.BatchNorm2d(8), [8]),
+    _image(BATCH, lambda: nn.BatchNorm3d(8), [8], rank=3, note="rank 3"),
+    _image(BATCH, lambda: nn.BatchNorm1d(8), [8], rank=1, note="rank 1"),
+    _image(BATCH, lambda: nn.BatchNorm2d(8, affine=False), [8], note="no weight"),
+    sample(
+        BATCH,
+        lambda net, x: net.linear(net.layer(lambda: nn.BatchNorm1d(8))(net.linear(x, 8)).sin(), 3),
+        groups=[8],
+        note="vector",
+    ),
+    _image(INSTANCE, lambda: nn.InstanceNorm2d(8, affine=True), [8]),
+    _image(INSTANCE, lambda: nn.InstanceNorm2d(8), [8], note="no weight"),
+    _image(INSTANCE, lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True), [8], rank=1, note="statistics"),
+    _tokens(LAYER, lambda: nn.LayerNorm(8), [8]),
+    _tokens(LAYER, lambda: nn.LayerNorm(8, bias=False), [8], note="no bias"),
+    _tokens(LAYER, lambda: nn.LayerNorm(8, elementwise_affine=False), [8], note="no weight"),
+    _tokens(LAYER, lambda: nn.LayerNorm((4, 8)), [8], note="two dimensions"),
+    sample(
+        LAYER,
+        lambda net, x: net.conv(net.layer(lambda: nn.LayerNorm(8))(net.conv(x, 8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3),
+        *(2, 4, 4),
+        groups=[8],
+        note="channels last",
+    ),
+    _tokens(RMS, lambda: nn.RMSNorm(8), [8]),
+    _tokens(RMS, lambda: nn.RMSNorm(8, eps=1e-3, elementwise_affine=False), [8], note="no weight"),
+    sample(RMS, _per_head, 4, 5, groups=[3, 4], note="each head"),
+    _image(GROUP, lambda: nn.GroupNorm(2, 8), [2, 4]),
+    _image(GROUP, lambda: nn.GroupNorm(4, 8, affine=False), [4, 2], note="no weight"),
+    _image(GROUP, lambda: nn.GroupNorm(1, 8), [8], note="one group"),
+    _image(GROUP, lambda: nn.GroupNorm(8, 8), [8], note="groups of one"),
+    sample(
+        GROUP,
+        lambda net, x: net.linear(net.layer(lambda: nn.GroupNorm(2, 8))(net.linear(x, 8)).sin(), 3),
+        groups=[2, 4],
+        note="vector",
+    ),
+    _image(aten.prelu.default, lambda: nn.PReLU(8), [8]),
+    _image(aten.prelu.default, nn.PReLU, [8], note="one slope"),
+]
