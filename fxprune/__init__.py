@@ -7,7 +7,7 @@
 torch.Size([5, 4])
 """
 
-from fxprune.api import Pruned, compile  # noqa: A004  (named after torch.compile)
+from fxprune.api import Pruned, compile
 from fxprune.errors import FxpruneError
 from fxprune.plan import Plan
 from fxprune.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Walk the captured graph once with the rules: dimensions for every tensor, contractions, and what stays whole and why."""
+"""Walk the captured graph once with the rules: dimensions of every tensor, contractions, what stays whole and why."""
 
 from __future__ import annotations
 

@@ -72,9 +72,7 @@ class Pruned:
         if target.suffix not in endings:
             raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
         backend = BACKENDS[endings[target.suffix]]
-        backend.build(
-            self.module, self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target
-        )
+        backend.build(self.module, self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target)
         return target
 
     def measure(
@@ -121,7 +119,7 @@ def rebatch(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int | None) ->
     return tuple(map(fit, args)), {k: fit(v) for k, v in kwargs.items()}
 
 
-def compile(  # noqa: A001  (the name that torch.compile taught everybody)
+def compile(
     model: nn.Module,
     example_inputs: Any,
     recipe: Mapping[str, Any] | str | os.PathLike[str] | Recipe | None = None,
@@ -193,7 +191,9 @@ def _compile(
         rewritten = rewrite(analysis, kept, model, biases)
     with clock.stage("prove"):
         proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
-    plan = Plan.of(analysis, groups, kept, biases=list(biases), recipe=settings.model_dump(mode="json", exclude_unset=True))
+    plan = Plan.of(
+        analysis, groups, kept, biases=list(biases), recipe=settings.model_dump(mode="json", exclude_unset=True)
+    )
     report = _report(model, analysis, costs, kept, plan, proof, clock.seconds, multiple, settings)
     return Pruned(
         module=rewritten.module,
@@ -226,7 +226,9 @@ def _report(
     counts = {axis: len(indices) for axis, indices in kept.items()}
     notes = list(analysis.captured.notes)
     if not plan.groups:
-        notes.append("no group can be cut: the model comes back whole; `fxprune explain` says what freezes each dimension")
+        notes.append(
+            "no group can be cut: the model comes back whole; `fxprune explain` says what freezes each dimension"
+        )
     elif not len(kept):
         notes.append("nothing was removed: the target is met by the model as it is")
     used = set(analysis.tensors)
@@ -250,7 +252,7 @@ def _report(
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Graphs are many small objects, all alive until the end: looking for garbage among them costs a fifth of the time."""
+    """Graphs are many small objects, all alive to the end: looking for garbage among them costs a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -7,8 +7,8 @@ A dimension is one of four things:
 - `Product`: a row-major merge of factors, as `view` makes it: 768 channels seen as 12 heads of 64.
 - `Concat`: parts laid one behind the other, as `cat` makes it, and as `split`, `slice` and fused projections cut it.
 
-Sizes are ints. Where a model is captured at several batch sizes at once, the size of a dimension that depends on them is
-a tuple with one int for each capture; the arithmetic is element by element.
+Sizes are ints. Where a model is captured at several batch sizes at once, the size of a dimension that depends on
+them is a tuple with one int for each capture; the arithmetic is element by element.
 """
 
 from __future__ import annotations
@@ -460,7 +460,7 @@ class Axes:
                 try:
                     first, second = self.split(x, need, node)
                 except Misfit:
-                    result += self._straddle(got + [x], times(taken, need), pending, queue, node)
+                    result += self._straddle([*got, x], times(taken, need), pending, queue, node)
                     got = []
                     break
                 got.append(first)
@@ -484,11 +484,10 @@ class Axes:
                 outs.append(pending.pop(0))
                 total_out = times(total_out, outs[-1])
             else:
-                x = self._pop(queue)
-                if x is None:
-                    continue
-                taken.append(x)
-                total_in = times(total_in, size_of(x))
+                factor = self._pop(queue)
+                if factor is not None:
+                    taken.append(factor)
+                    total_in = times(total_in, size_of(factor))
         why = "a reshape groups it across its borders"
         for x in taken:
             self.freeze(x, why, node)

@@ -1,6 +1,7 @@
 """From a module and example inputs to one functional graph of whole operators, with dynamic sizes where asked.
 
-Batch (and sequence) are made dynamic without symbolic shapes: the forward pass is recorded at two values of each dynamic
+Batch (and sequence) are made dynamic without symbolic shapes: the forward pass is recorded at two values of each
+dynamic
 size; integers that differ between the recordings depend on it, and an affine formula through them is put back into the
 graph. A recording whose operators differ, or an integer that no such formula explains, keeps the size static, and says
 so in the notes.
@@ -52,7 +53,8 @@ class Captured:
 
     Attributes:
         graph: placeholders, get_attr nodes whose targets are keys of `tensors`, operators, one output.
-            Node meta: `shape` (a tuple of sizes, or a list of them for several results), `dtype`, `path` (module), `source`.
+            Node meta: `shape` (a tuple of sizes, or a list of them for several results), `dtype`, `path` (module),
+            `source`.
         tensors: parameters, buffers and constants by name; the model's own tensors, not copies.
         aliases: further names of tied tensors -> the name in `tensors`.
         constants: names in `tensors` that are neither parameters nor buffers.
@@ -99,7 +101,8 @@ class Captured:
 
 
 def example(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) from what a user passes: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+    """Return (args, kwargs) from what a user passes: a tensor, a tuple of positional inputs, or a dict of keyword
+    inputs.
 
     >>> example(torch.zeros(1))
     ((tensor([0.]),), {})
@@ -111,7 +114,8 @@ def example(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[tuple
     if isinstance(inputs, Tensor):
         return (inputs,), dict(kwargs or {})
     raise InputError(
-        f"example inputs are a tensor, a tuple of positional inputs or a dict of keyword inputs, not {type(inputs).__name__}"
+        "example inputs are a tensor, a tuple of positional inputs or a dict of keyword inputs, not "
+        f"{type(inputs).__name__}"
     )
 
 
@@ -157,13 +161,14 @@ def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise InputError(
             f"{type(model).__name__}.forward{inspect.signature(model.forward)} does not take these inputs: {error}"
         ) from error
-    positional = [name for name in inspect.signature(model.forward).parameters][: len(args)]
+    positional = list(inspect.signature(model.forward).parameters)[: len(args)]
     positional += [f"arg{i}" for i in range(len(positional), len(args))]
     del bound
     names = []
-    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        head = positional[path[1].idx] if path[0].idx == 0 else str(path[1].key)
-        names.append("_".join([head, *(str(getattr(p, "idx", getattr(p, "key", ""))) for p in path[2:])]))
+    keys: Any
+    for keys, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        head = positional[keys[1].idx] if keys[0].idx == 0 else str(keys[1].key)
+        names.append("_".join([head, *(str(getattr(p, "idx", getattr(p, "key", ""))) for p in keys[2:])]))
     unique: list[str] = []
     for name in names:
         name = "".join(c if c.isalnum() else "_" for c in name)
@@ -197,7 +202,7 @@ def _symbols(
 
 
 def _probes(name: str, size: int) -> tuple[int, int]:
-    """Two values to record at. Batch sizes are primes; other sizes stay at or below the example's, which the model takes."""
+    """Two values to record at. Batch sizes are primes; others stay at or below the example's, which the model takes."""
     if name == "batch":
         return 5, 7
     return (size, size - 2) if size >= 6 else (size + 2, size)
@@ -300,7 +305,9 @@ class _Session:
             elif leaf is None or isinstance(leaf, bool | int | float | str):
                 results.append(leaf)
             else:
-                notes.append(f"an output of type {type(leaf).__name__} is not a tensor; the pruned module returns None there")
+                notes.append(
+                    f"an output of type {type(leaf).__name__} is not a tensor; the pruned module returns None there"
+                )
                 results.append(None)
         if not any(isinstance(r, fx.Node) for r in results):
             raise CaptureError(f"{type(self.model).__name__} returns no tensor, so there is nothing to keep equal")
@@ -316,7 +323,9 @@ class _Session:
 
     def _constant(self, tensor: Tensor, found: dict[int, str]) -> str:
         if isinstance(tensor, FakeTensor):
-            raise CaptureError("a tensor appears that no recorded operator made (`.data`, or a cache from another trace)")
+            raise CaptureError(
+                "a tensor appears that no recorded operator made (`.data`, or a cache from another trace)"
+            )
         name = self._by_id.get(id(tensor)) or f"_constant_{len(found)}"
         found[id(tensor)] = name
         known = self.constants.get(name)
@@ -328,9 +337,9 @@ class _Session:
 
 @contextlib.contextmanager
 def eval_with(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Put `tensors` in the place of the model's own and every module into eval mode; afterwards restore all attributes."""
+    """Put `tensors` in the place of the model's own, every module into eval mode; afterwards restore all attributes."""
     modules = dict(model.named_modules())
-    before = []
+    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
     for module in modules.values():
         state = vars(module)
         before.append((module, dict(state), {k: v.copy() for k, v in state.items() if isinstance(v, dict | list)}))
@@ -338,16 +347,16 @@ def eval_with(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
             owner = modules[path]
-            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
         for module in modules.values():
             module.training = False
         yield
     finally:
-        for module, state, copies in before:
-            vars(module).clear()
-            vars(module).update(state)
+        for module, attributes, copies in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
             for key, copy in copies.items():
-                container = state[key]
+                container = attributes[key]
                 container.clear()
                 container.update(copy) if isinstance(container, dict) else container.extend(copy)
 
@@ -373,7 +382,7 @@ def _module_stack(paths: dict[int, str], stack: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_operators() -> Iterator[None]:
-    """Attention layers must run their own Python code, not one opaque fused operator; gradients are on, as for a user."""
+    """Attention layers run their own Python code, not one opaque fused operator; gradients are on, as for a user."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -385,15 +394,21 @@ def _whole_operators() -> Iterator[None]:
 
 def _explain(model: nn.Module, error: Exception) -> str:
     """What failed, and the innermost line of the user's (or the model library's) code."""
-    frames = [f for f in inspect.getinnerframes(error.__traceback__)] if error.__traceback__ else []
+    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     torch_dir = torch.__file__.rsplit("/", 1)[0]
     here = __file__.rsplit("/", 1)[0]
     own = [f for f in frames if not f.filename.startswith((torch_dir, here))]
-    where = f'\n  at {own[-1].filename}:{own[-1].lineno} in {own[-1].function}: {(own[-1].code_context or [""])[0].strip()}' if own else ""
+    where = (
+        f"\n  at {own[-1].filename}:{own[-1].lineno} in {own[-1].function}: {(own[-1].code_context or [''])[0].strip()}"
+        if own
+        else ""
+    )
     text = str(error).strip().splitlines()
     return (
-        f"the forward pass of {type(model).__name__} cannot be recorded: {type(error).__name__}: {text[0] if text else ''}{where}\n"
-        "  Shapes are known there, values are not: a branch on a tensor's value, `.item()` or `.numpy()` cannot be followed. "
+        f"the forward pass of {type(model).__name__} cannot be recorded: "
+        f"{type(error).__name__}: {text[0] if text else ''}{where}\n"
+        "  Shapes are known there, values are not: a branch on a tensor's value, `.item()` or `.numpy()` cannot be "
+        "followed. "
         "Check that the model runs on the example inputs; if it does, move that line out of `forward`."
     )
 
@@ -426,7 +441,9 @@ def _merge(graphs: list[fx.Graph]) -> None:
     for row in zip(*columns, strict=True):
         first = row[0]
         if len({str(n.target) for n in row}) > 1:
-            raise CaptureError(f"the operators depend on the sizes: {[str(n.target) for n in row]} ({first.meta.get('source')})")
+            raise CaptureError(
+                f"the operators depend on the sizes: {[str(n.target) for n in row]} ({first.meta.get('source')})"
+            )
         try:
             first.args = _merge_args([n.args for n in row])
             first.kwargs = _merge_args([n.kwargs for n in row])
@@ -454,9 +471,11 @@ def _merge_args(values: Sequence[Any]) -> Any:
     if isinstance(first, list | tuple):
         if len({len(v) for v in values}) > 1:
             raise ValueError("the length of a list depends on the sizes")
-        return type(first)(_merge_args(v) for v in zip(*values, strict=True)) if type(first) in (list, tuple) else [
-            _merge_args(v) for v in zip(*values, strict=True)
-        ]
+        return (
+            type(first)(_merge_args(v) for v in zip(*values, strict=True))
+            if type(first) in (list, tuple)
+            else [_merge_args(v) for v in zip(*values, strict=True)]
+        )
     if isinstance(first, dict):
         return {k: _merge_args([v[k] for v in values]) for k in first}
     if all(type(v) is type(first) and (v == first or v is first) for v in values):
@@ -476,7 +495,9 @@ def _detach_no_grad(graph: fx.Graph) -> None:
         tensor = node.meta.get("val")
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if node.op in ("placeholder", "get_attr"):
-            if floating and (node.op == "placeholder" or isinstance(tensor, nn.Parameter) or node.meta.get("parameter")):
+            if floating and (
+                node.op == "placeholder" or isinstance(tensor, nn.Parameter) or node.meta.get("parameter")
+            ):
                 needs.add(node)
             continue
         if not any(a in needs for a in node.all_input_nodes):

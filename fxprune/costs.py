@@ -8,7 +8,7 @@ from math import prod
 from torch import nn
 
 from fxprune.analyse import Analysis
-from fxprune.axes import Axis, Dim, Fixed, Product, Size, atoms
+from fxprune.axes import Axis, Dim, Fixed, Product, atoms
 from fxprune.rules.core import Dims
 
 Counts = Mapping[Axis, int]
@@ -23,11 +23,8 @@ class Costs:
 
     def __init__(self, analysis: Analysis) -> None:
         captured = analysis.captured
-        sizes = {s.name: _example_size(analysis, s.places[0]) for s in captured.symbols}
-        self._values: dict[Size, int] = {}
-        self._evaluate = lambda size: sum(
-            factor * prod(sizes[s] for s in term) for term, factor in captured.affine(size).items()
-        )
+        self._captured = captured
+        self._symbols = {s.name: _example_size(analysis, s.places[0]) for s in captured.symbols}
         self._macs = [dims for _, dims in analysis.macs]
         self._nodes = [node for node, _ in analysis.macs]
         self._parameters = {
@@ -63,6 +60,10 @@ class Costs:
         users = self._users.get((kind, axis), [])
         return self._total(users, {**counts, axis: count}) - self._total(users, counts)
 
+    def per_unit(self, kind: str, axis: Axis) -> int:
+        """Return how much of the dense cost goes with one unit of an axis."""
+        return -self.change(kind, axis, {}, axis.size - 1)
+
     def _total(self, many: list[Dims], counts: Counts) -> int:
         known: dict[Dim, int] = {}
         total = 0
@@ -80,11 +81,8 @@ class Costs:
         if isinstance(dim, Axis):
             return counts.get(dim, dim.size)
         if isinstance(dim, Fixed):
-            if isinstance(dim.size, int):
-                return dim.size
-            if dim.size not in self._values:
-                self._values[dim.size] = self._evaluate(dim.size)
-            return self._values[dim.size]
+            terms = self._captured.affine(dim.size)
+            return sum(factor * prod(self._symbols[s] for s in term) for term, factor in terms.items())
         if isinstance(dim, Product):
             return prod(self._size(f, counts) for f in dim.factors)
         return sum(self._size(p, counts) for p in dim.parts)

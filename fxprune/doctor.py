@@ -14,7 +14,7 @@ import torch
 
 import fxprune
 from fxprune.backends import BACKENDS
-from fxprune.sources import failing_package
+from fxprune.sources import failing_package, root_cause
 
 #: Distribution -> what of fxprune needs it.
 PACKAGES = {
@@ -35,8 +35,8 @@ PACKAGES = {
     "timm": "timm:NAME",
     "transformers": "hf:DIRECTORY",
 }
-#: Packages that often do not fit the torch beside them, so that they are imported to see.
-FRAGILE = ("timm", "transformers")
+#: Packages that often do not fit the torch beside them, and what to import of them to see that.
+FRAGILE = {"timm": "timm", "transformers": "transformers.modeling_utils"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +111,14 @@ def _package(name: str, needed_by: str) -> Package:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Package(name, None, needed_by, None)
-    return Package(name, version, needed_by, _problem(name) if name in FRAGILE else None)
+    return Package(name, version, needed_by, _problem(FRAGILE[name]) if name in FRAGILE else None)
 
 
 def _problem(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # anything can go wrong while a package of somebody else is imported
+        error = root_cause(error)
         text = str(error).strip().splitlines()
         culprit = failing_package(error) or name
         return f"cannot be imported: {type(error).__name__} in {culprit}: {text[0] if text else 'no message'}"

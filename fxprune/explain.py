@@ -1,4 +1,4 @@
-"""What the compiler sees in a model, as data: groups, couplings, what stays whole and why, operators and their rules."""
+"""What the compiler sees in a model, as data: groups, couplings, what stays whole and why, and operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis, analyse
@@ -242,7 +241,7 @@ class Explainer:
             units=group.size,
             width=group.inner,
             params=self._costs.params({}) - self._costs.params(fewer),
-            macs=self._costs.per_unit(group.axis, {}),
+            macs=self._costs.per_unit("macs", group.axis),
             members=tuple(self._member(name, dim) for name, dim in group.members),
         )
 

@@ -7,6 +7,7 @@ Folded into constants they have dimensions like any other tensor, and are cut li
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,19 +18,30 @@ from fxprune.capture import Captured, Varying
 MAX_ELEMENTS = 1 << 22
 
 #: Tensors of one value: they take any size, so that they need no folding for their own sake.
-_FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like"}
+_FILLED = {
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+}
 
 
 def fold_constants(captured: Captured) -> int:
     """Replace input-independent sub-graphs by constants; returns how many constants were made."""
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     for node in captured.graph.nodes:
         if node.op == "get_attr" and node.target in captured.constants:
             values[node] = captured.tensors[str(node.target)]
         elif node.op == "call_function" and _foldable(node, values):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            args, kwargs = _filled_in((node.args, node.kwargs), values)
             with torch.no_grad():
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     made = 0
     for node in reversed(list(captured.graph.nodes)):
         value = values.get(node)
@@ -48,12 +60,16 @@ def fold_constants(captured: Captured) -> int:
     return made
 
 
+def _filled_in(tree: Any, values: dict[fx.Node, Any]) -> Any:
+    return fx.node.map_arg(tree, lambda n: values[n])
+
+
 def _name(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet else ""
 
 
-def _foldable(node: fx.Node, values: dict[fx.Node, object]) -> bool:
+def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if any(a not in values for a in node.all_input_nodes) or _varies(node.args) or _varies(node.kwargs):
         return False
     if node.target is operator.getitem:

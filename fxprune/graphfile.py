@@ -1,7 +1,7 @@
 """An emitted module's graph as JSON: nodes with their arguments, layers with their constructor arguments.
 
-`torch.export.save` was not used: its files cannot be trained or put into eval mode when loaded, hold pickles, and flatten
-the torch.nn layers. What is written here is the fx graph itself, readable, without code to execute.
+`torch.export.save` was not used: its files cannot be trained or put into eval mode when loaded, hold pickles, and
+flatten the torch.nn layers. What is written here is the fx graph itself, readable, without code to execute.
 """
 
 from __future__ import annotations
@@ -205,7 +205,14 @@ def _spec(data: Any) -> pytree.TreeSpec:
 
 
 def _plain(spec: Any) -> Any:
-    known = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.namedtuple"}
+    known = {
+        None,
+        "builtins.tuple",
+        "builtins.list",
+        "builtins.dict",
+        "collections.OrderedDict",
+        "collections.namedtuple",
+    }
     children = [_plain(c) for c in spec["children_spec"]]
     if spec["type"] in known:
         return {**spec, "children_spec": children}

@@ -65,9 +65,9 @@ def find_groups(analysis: Analysis) -> list[Group]:
     kinds = _kinds(analysis)
     groups = []
     for axis, members in parameters.items():
-        name, dim = members[0]
-        label = f"{name}.{dim}"
-        if analysis.tensors[name][dim] is not axis:  # several groups share the dimension: say which part this one is
+        name, number = members[0]
+        label = f"{name}.{number}"
+        if analysis.tensors[name][number] is not axis:  # several groups share the dimension: say which part this one is
             label = axis.birth if axis.birth.startswith(label) else f"{label}:{axis.birth}"
         kind = kinds.get(axis, "hidden")
         groups.append(Group(label, axis, kind, tuple(members + others.get(axis, [])), inner[axis]))
@@ -90,7 +90,7 @@ def _widths(dim: Dim, right: int) -> Iterator[tuple[Axis, int]]:
 
 
 def _kinds(analysis: Analysis) -> dict[Axis, str]:
-    """Heads are what attention runs in parallel over, head dims what it contracts; channels are what a convolution cuts."""
+    """Heads are what attention runs in parallel over, head dims what it contracts; channels what a convolution cuts."""
     kinds: dict[Axis, str] = {}
 
     def mark(dims: Any, kind: str) -> None:
@@ -100,7 +100,7 @@ def _kinds(analysis: Analysis) -> dict[Axis, str]:
 
     for node, dims in analysis.macs:
         if node.target is aten.scaled_dot_product_attention.default or _multiplies_activations(node):
-            mark([d for d in dims[:-3]], "heads")
+            mark(dims[:-3], "heads")
             mark(dims[-3:], "head_dims")
     for node, _ in analysis.macs:
         if str(node.target).startswith("aten.conv"):
@@ -157,8 +157,8 @@ def dependency_graph(analysis: Analysis, groups: list[Group]) -> nx.Graph:
     graph = nx.Graph()
     carried = {node: _carried(analysis.dims[node]) for node in analysis.captured.graph.nodes}
     for group in groups:
-        for name, dim in group.members:
-            graph.add_edge(("group", group.name), ("dimension", name, dim))
+        for name, number in group.members:
+            graph.add_edge(("group", group.name), ("dimension", name, number))
     for node in analysis.captured.graph.nodes:
         for operand in node.all_input_nodes:
             shared = carried[operand] & carried[node]

@@ -1,7 +1,8 @@
 """Which operators become which `torch.nn` layers in the emitted module.
 
 An operator becomes a layer where its weights are parameters named `X.weight`, `X.bias`, ... and nothing else: then the
-layer `X` is an ordinary torch.nn one, whatever class it was. Everything else stays a call of the operator on parameters.
+layer `X` is an ordinary torch.nn one, whatever class it was. Everything else stays a call of the operator on
+parameters.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _convolution(rank: int, transposed: bool = False) -> Callable[[dict[str, Ten
 
     def build(t: dict[str, Tensor], a: dict[str, Any]) -> nn.Module:
         weight, groups = t["weight"], a["groups"]
-        channels = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+        channels = (
+            (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+        )
 
         def every(value: Any) -> Any:
             """One number for each spatial dimension; operators accept a single one for all."""

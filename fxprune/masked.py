@@ -150,12 +150,14 @@ def _all(x: Tensor, mask: Tensor, dims: Any = None, keepdim: bool = False) -> Te
 def _vector_norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
     """A norm of negative order is small where one entry is: there, entries that are infinite do not count."""
     value = math.inf if order < 0 else 0.0
-    return torch.linalg.vector_norm(_filled(x, mask, value), order, _dims(x, dims), keepdim)
+    result: Tensor = torch.linalg.vector_norm(_filled(x, mask, value), order, _dims(x, dims), keepdim)
+    return result
 
 
 @_for(aten.norm.ScalarOpt_dim, aten.norm.Scalar)
 def _norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False) -> Tensor:
-    return _vector_norm(x, mask, 2 if order is None else order, dims, keepdim)
+    result: Tensor = _vector_norm(x, mask, 2 if order is None else order, dims, keepdim)
+    return result
 
 
 @_for(aten.layer_norm.default)
@@ -182,7 +184,9 @@ def _group_norm(
     mean, variance = _moments(grouped, kept, [2])
     normal = ((grouped - mean) / torch.sqrt(variance + eps)).nan_to_num(0.0).reshape(x.shape)
     shape = [1, -1] + [1] * (x.dim() - 2)
-    return _affine(normal, weight if weight is None else weight.reshape(shape), bias if bias is None else bias.reshape(shape))
+    return _affine(
+        normal, weight if weight is None else weight.reshape(shape), bias if bias is None else bias.reshape(shape)
+    )
 
 
 def _affine(x: Tensor, weight: Mask, bias: Mask) -> Tensor:

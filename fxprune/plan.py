@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fxprune.analyse import Analysis
-from fxprune.axes import Axis
+from fxprune.axes import Axis, atoms, size_of
 from fxprune.errors import SavedModelError
 from fxprune.groups import Group, positions
 from fxprune.kept import Indices, Kept
@@ -69,21 +69,19 @@ class Plan:
             for dim, indices in table.items():
                 if kept.index(analysis.tensors[name][dim]).tolist() != list(indices):
                     raise SavedModelError(
-                        f"the plan keeps indices of dimension {dim} of '{name}' that this model's couplings do not allow: "
-                        "the model is not the one that the plan was made for"
+                        f"the plan keeps indices of dimension {dim} of '{name}' that this model's couplings do not "
+                        "allow: the model is not the one that the plan was made for"
                     )
         return kept
 
-    def _read(
-        self, analysis: Analysis, name: str, dim: int, indices: Indices, found: dict[Axis, Indices]
-    ) -> None:
+    def _read(self, analysis: Analysis, name: str, dim: int, indices: Indices, found: dict[Axis, Indices]) -> None:
         dims = analysis.tensors[name]
         if dim >= len(dims):
             raise SavedModelError(f"the plan cuts dimension {dim} of '{name}', which has {len(dims)}")
-        from fxprune.axes import atoms, size_of
-
-        if len(indices) and indices.max() >= size_of(dims[dim]):  # type: ignore[operator]
-            raise SavedModelError(f"the plan keeps index {indices.max()} of dimension {dim} of '{name}', which has fewer")
+        if len(indices) and indices.max() >= size_of(dims[dim]):
+            raise SavedModelError(
+                f"the plan keeps index {indices.max()} of dimension {dim} of '{name}', which has fewer"
+            )
         for axis in set(atoms(dims[dim])):
             units = np.unique(np.concatenate([p[indices] for p in positions(dims[dim], axis)]))
             found.setdefault(axis, units[units >= 0])

@@ -112,9 +112,9 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
     half = any(isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in expected)
     if not error <= (5e-2 if half else 1e-3):
         raise ProofError(
-            f"the captured graph differs from {type(model).__name__} itself by {error:.2e} of its largest output on the "
-            "example inputs: the forward pass depends on values, on random numbers or on state outside its weights. "
-            "Make it deterministic in eval mode."
+            f"the captured graph differs from {type(model).__name__} itself by {error:.2e} of its largest output on "
+            "the example inputs: the forward pass depends on values, on random numbers or on state outside its "
+            "weights. Make it deterministic in eval mode."
         )
     return error
 
@@ -161,7 +161,7 @@ def _real(tensor: Tensor) -> torch.device:
 
 
 def dense_weights(captured: Captured, randomise: bool = False, seed: int = 0) -> Callable[[str], Tensor]:
-    """The dense value of a tensor by name. Randomised: vectors (biases, norms, statistics), which start as 0 or 1, are not."""
+    """The dense value of a tensor by name; randomised: of vectors (biases, norms, statistics) that start as 0 or 1."""
 
     def value(name: str) -> Tensor:
         tensor = captured.tensors[name].detach()
@@ -175,7 +175,7 @@ def dense_weights(captured: Captured, randomise: bool = False, seed: int = 0) ->
             return tensor
         if name.endswith("running_var"):
             noise = torch.rand(tensor.shape, generator=generator) + 0.5
-        elif isinstance(captured.tensors[name], nn.Parameter) and tensor.dim() <= 1 or name.endswith("running_mean"):
+        elif (isinstance(captured.tensors[name], nn.Parameter) and tensor.dim() <= 1) or name.endswith("running_mean"):
             noise = torch.randn(tensor.shape, generator=generator) * 0.3 + (1.0 if name.endswith("weight") else 0.0)
         else:
             return tensor
@@ -215,6 +215,7 @@ class _Double(fx.Interpreter):
         return value
 
     def run(self, inputs: list[Any], **_: Any) -> list[Any]:  # type: ignore[override]
+        """Return the flat outputs for flat inputs."""
         with torch.backends.mkldnn.flags(enabled=self.dtype != torch.float64):
             result: list[Any] = super().run(*map(self.up, inputs), enable_io_processing=False)
         return result
@@ -230,15 +231,17 @@ class _Double(fx.Interpreter):
 class Reference(_Double):
     """The dense graph with every removed index masked out of its consumers and of every reduction."""
 
-    def __init__(self, analysis: Analysis, kept: Kept, weights: Callable[[str], Tensor], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, analysis: Analysis, kept: Kept, weights: Callable[[str], Tensor], dtype: torch.dtype | None
+    ) -> None:
         super().__init__(nn.Module(), analysis.captured.graph, dtype)
         self.analysis, self.kept, self.weights = analysis, kept, weights
         names = [s.name for s in analysis.captured.symbols]
         self._sizes: dict[str, int] = dict.fromkeys(names, 0)
-        varying = lambda n: any(isinstance(v, Varying) for v in pytree.tree_leaves((n.args, n.kwargs)))  # noqa: E731
-        self._varying = {n for n in self.graph.nodes if names and n.op == "call_function" and varying(n)}
+        self._varying = {n for n in self.graph.nodes if names and _varies((n.args, n.kwargs))}
 
-    def run(self, inputs: list[Any], **_: Any) -> list[Any]:
+    def run(self, inputs: list[Any], **_: Any) -> list[Any]:  # type: ignore[override]
+        """Return the flat outputs for flat inputs, of any dynamic sizes."""
         places = [n.target for n in self.graph.nodes if n.op == "placeholder"]
         for symbol in self.analysis.captured.symbols:
             name, dim = symbol.places[0]
@@ -273,6 +276,7 @@ class Reference(_Double):
         return result
 
     def run_node(self, n: fx.Node) -> Any:
+        """Return the node's value, zero where removed."""
         if n.op == "get_attr":
             return self.up(self.weights(str(n.target)))
         if n.op != "call_function":
@@ -293,6 +297,10 @@ class Reference(_Double):
         if mask is None:
             return result
         return torch.where(mask, result, torch.zeros((), dtype=result.dtype, device=result.device))
+
+
+def _varies(tree: Any) -> bool:
+    return any(isinstance(leaf, Varying) for leaf in pytree.tree_leaves(tree))
 
 
 class _Sampled(Reference):
@@ -359,9 +367,10 @@ def _lockstep(
     class Keep(_Upcast):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            if n in carried and isinstance(result, Tensor) and result[..., 0].numel() > _Sampled.ROWS:
-                if not any(kept.cut(d) for d in analysis.dims[carried[n]][:-1]):
-                    values[carried[n]] = result
+            dense = carried.get(n)
+            many = dense is not None and result[..., 0].numel() > _Sampled.ROWS
+            if dense is not None and many and not any(kept.cut(d) for d in analysis.dims[dense][:-1]):
+                values[dense] = result
             return result
 
     actual = Keep(pruned, analysis, kept, weights, dtype).run(inputs)
@@ -373,7 +382,7 @@ def _lockstep(
 
 
 class _Upcast(_Double):
-    """The pruned module in the same precision, on the same (possibly randomised) dense weights where these are replaced."""
+    """The pruned module in the same precision, on the same dense weights where these are randomised."""
 
     def __init__(
         self, pruned: Rewritten, analysis: Analysis, kept: Kept, weights: Callable[[str], Tensor], dtype: torch.dtype

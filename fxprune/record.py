@@ -1,6 +1,7 @@
 """Recording one forward pass, operators whole, as a functional fx.Graph.
 
-The recorder sits at torch's PreDispatch key, where composite operators (`linear`, `layer_norm`, `scaled_dot_product_attention`)
+The recorder sits at torch's PreDispatch key, where composite operators (`linear`, `layer_norm`,
+`scaled_dot_product_attention`)
 have not been taken apart yet, and runs them on fake tensors: shapes without data. It costs little more than the
 fake forward pass itself, because it keeps no proxies and no symbolic shapes: what depends on the batch size is found by
 recording twice at different sizes and comparing (see `fxprune.capture`).
@@ -15,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ from fxprune.errors import CaptureError
 from fxprune.shortcuts import shortcut
 
 aten = torch.ops.aten
-_TORCH_DIR = os.path.dirname(torch.__file__)
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH_DIR = str(Path(torch.__file__).parent)
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 @dataclass(slots=True)
@@ -37,7 +39,9 @@ class _Value:
     tensor: Tensor
     node: fx.Node
     version: int = 0  # of its storage, when `node` was up to date
-    parent: _Value | None = None  # the value this is a view of, and the operator that took the view, without its operand
+    parent: _Value | None = (
+        None  # the value this is a view of, and the operator that took the view, without its operand
+    )
     view: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
 
@@ -53,7 +57,7 @@ class Recorder(ProxyTorchDispatchMode):
     """
 
     def __init__(self, graph: fx.Graph, constant: Callable[[Tensor], str], module_path: Callable[[], str]) -> None:
-        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self.graph = graph
         self._mode_key = torch._C._TorchDispatchModeKey.PROXY
         self._constant = constant
@@ -70,10 +74,11 @@ class Recorder(ProxyTorchDispatchMode):
         return False  # else torch wraps every call of __torch_dispatch__ once more
 
     def __enter__(self) -> Recorder:
-        return TorchDispatchMode.__enter__(self)
+        TorchDispatchMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *exc: Any) -> None:
-        TorchDispatchMode.__exit__(self, *exc)
+        TorchDispatchMode.__exit__(self, *exc)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ what is known before the first operator
     def bind(self, tensor: Tensor, node: fx.Node) -> None:

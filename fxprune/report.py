@@ -84,7 +84,9 @@ class Report:
         table = Table(title=self.model, title_justify="left")
         for column in ("", "dense", "pruned", "pruned / dense"):
             table.add_column(column, justify="left" if not column else "right")
-        table.add_row("parameters", f"{self.params.dense:,.0f}", f"{self.params.pruned:,.0f}", f"{self.params.ratio:.3f}")
+        table.add_row(
+            "parameters", f"{self.params.dense:,.0f}", f"{self.params.pruned:,.0f}", f"{self.params.ratio:.3f}"
+        )
         table.add_row("MACs", f"{self.macs.dense:,.0f}", f"{self.macs.pruned:,.0f}", f"{self.macs.ratio:.3f}")
         for row in self.latency:
             where = f"{row.backend}, {row.threads} threads, batch {row.batch}"
@@ -119,6 +121,8 @@ class Report:
             f"proved: pruned equals {'the dense model' if proof.lossless else 'masked dense'} within {proof.error:.1e} "
             f"(allowed {proof.tolerance:.0e}; {proof.level}, {proof.runs} comparisons)"
         ]
-        lines += [f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()]
+        lines += [
+            f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()
+        ]
         lines += [f"note: {note}" for note in self.notes]
         return lines

@@ -1,4 +1,4 @@
-"""From an analysis and what is kept to a smaller module: sliced tensors, recomputed arguments, ordinary torch.nn layers."""
+"""From an analysis and what is kept to a smaller module: sliced tensors, recomputed arguments, torch.nn layers."""
 
 from __future__ import annotations
 
@@ -270,20 +270,19 @@ class _Rewriter:
         captured = self.analysis.captured
         if not sources or any(not isinstance(s, fx.Node) or s.op != "get_attr" for s in sources.values()):
             return None
-        first, source = next(iter(sources.items()))
-        candidates = [node.meta.get("path", ""), str(source.target).rpartition(".")[0]]
+        source = next(iter(sources.values()))
+        candidates: list[str] = [node.meta.get("path", ""), str(source.target).rpartition(".")[0]]
         for path in dict.fromkeys(candidates):
             wanted = {own: f"{path}.{own}" for own in sources}
             if path and all(
-                captured.aliases.get(w, w) == str(sources[own].target) and (w in captured.aliases or w in captured.tensors)
+                captured.aliases.get(w, w) == str(sources[own].target)
+                and (w in captured.aliases or w in captured.tensors)
                 for own, w in wanted.items()
             ):
                 return path
         return None
 
-    def _build(
-        self, node: fx.Node, path: str, kind: Any, sources: dict[str, Any], others: dict[str, Any]
-    ) -> nn.Module:
+    def _build(self, node: fx.Node, path: str, kind: Any, sources: dict[str, Any], others: dict[str, Any]) -> nn.Module:
         tensors = {own: self._tensor(str(s.target)) for own, s in sources.items()}
         shapes = self.analysis.dims[node]
         if len(shapes) > 1:
@@ -298,7 +297,9 @@ class _Rewriter:
         for own, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter) or own not in layer._buffers:
                 layer._buffers.pop(own, None)
-                layer.register_parameter(own, tensor) if isinstance(tensor, nn.Parameter) else self._buffer(layer, own, tensor)
+                layer.register_parameter(own, tensor) if isinstance(tensor, nn.Parameter) else self._buffer(
+                    layer, own, tensor
+                )
             else:
                 layer.register_buffer(own, tensor)
             if own in sources:
@@ -306,7 +307,9 @@ class _Rewriter:
         for own, buffer in layer._buffers.items():
             if buffer is not None and buffer.is_meta and own not in tensors:  # num_batches_tracked
                 value = getattr(original, own, None)
-                layer.register_buffer(own, value.clone() if isinstance(value, Tensor) else torch.zeros_like(buffer, device="cpu"))
+                layer.register_buffer(
+                    own, value.clone() if isinstance(value, Tensor) else torch.zeros_like(buffer, device="cpu")
+                )
         self._install(path, layer)
         return layer
 

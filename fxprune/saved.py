@@ -47,11 +47,12 @@ def save(pruned: Pruned, directory: Path, overwrite: bool = False) -> Path:
         _write(pruned, partial)
         if directory.exists():
             shutil.rmtree(directory)
-        os.replace(partial, directory)
+        partial.replace(directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SavedModelError(
-            f"'{directory}' was not written: {reason}. Nothing is left under that name; free some space or choose another place"
+            f"'{directory}' was not written: {reason}. Nothing is left under that name; free some space or choose "
+            "another place"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +65,10 @@ def _write(pruned: Pruned, folder: Path) -> None:
     first: dict[int, str] = {}
     module = pruned.module
     trainable = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
         known = first.setdefault(id(tensor), name)
         if known != name:
             aliases[name] = known
@@ -89,7 +93,7 @@ def _describe(leaf: Any) -> Any:
     """An example input: the shape, dtype and range of a tensor, or a plain value."""
     if not isinstance(leaf, Tensor):
         return {"value": graphfile.encode(leaf)}
-    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
     if not leaf.is_floating_point() and not leaf.is_complex() and leaf.numel() and not leaf.is_meta:
         described |= {"low": int(leaf.min()), "high": int(leaf.max())}
     return described
@@ -129,7 +133,8 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
         for name, checksum in data["sha256"].items():
             if _checksum(_file(folder, name)) != checksum:
                 raise SavedModelError(
-                    f"'{folder / name}' is truncated or altered: its checksum is not the one in {PLAN}. Save the model again"
+                    f"'{folder / name}' is truncated or altered: its checksum is not the one in {PLAN}. Save the "
+                    "model again"
                 )
         weights = load_file(folder / WEIGHTS)
         tensors = {**weights, **{alias: weights[name] for alias, name in data["aliases"].items()}}
@@ -153,7 +158,10 @@ def _replay(
     analysis = analyse(capture(model, args, kwargs))
     biases = {name: torch.zeros_like(tensors[name]) for name in plan.biases}
     module = rewrite(analysis, plan.selection(analysis), model, biases).module
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     for name, tensor in own.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -170,7 +178,14 @@ def read_report(data: dict[str, Any]) -> Any:
     from fxprune.report import Latency, Pair, Report
 
     latency = [
-        Latency(**{**row, "milliseconds": Pair(**row["milliseconds"]), "iqr": Pair(**row["iqr"]), "interval": tuple(row["interval"])})
+        Latency(
+            **{
+                **row,
+                "milliseconds": Pair(**row["milliseconds"]),
+                "iqr": Pair(**row["iqr"]),
+                "interval": tuple(row["interval"]),
+            }
+        )
         for row in data["latency"]
     ]
     return Report(

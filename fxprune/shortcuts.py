@@ -85,7 +85,12 @@ def _convolution(
     groups: int = 1,
 ) -> tuple[int, ...] | None:
     rank = weight.dim() - 2
-    if not _plain(x, weight) or x.dim() != rank + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    if (
+        not _plain(x, weight)
+        or x.dim() != rank + 2
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+    ):
         return None
     steps = [_each(v, rank) for v in (stride, padding, dilation)]
     sizes = []

@@ -124,7 +124,9 @@ class InputSpec:
         return f"{self.name or 'positional'} {size} {str(self.dtype).removeprefix('torch.')}"
 
 
-_INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<low>-?\d+)-(?P<high>-?\d+))?")
+_INPUT = re.compile(
+    r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?(?::(?P<low>-?\d+)-(?P<high>-?\d+))?"
+)
 
 
 def parse_input(text: str) -> InputSpec:
@@ -191,33 +193,41 @@ def _package(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == name:
             raise InputError(f"the package {name} is not installed: pip install {name}") from None
-        raise InputError(f"{name} cannot be imported, because it needs {error.name}: pip install {error.name}") from error
+        raise InputError(
+            f"{name} cannot be imported, because it needs {error.name}: pip install {error.name}"
+        ) from error
     except Exception as error:  # anything can go wrong while a package of somebody else is imported
         raise InputError(_cannot_import(name, error)) from error
 
 
 def _cannot_import(name: str, error: BaseException) -> str:
     """What failed in the import of a package, and whose it was: often a package that it depends on."""
+    error = root_cause(error)
     culprit = failing_package(error) or name
     blame = f" in {culprit}" if culprit != name else ""
     text = str(error).strip().splitlines()
     return (
         f"{name} cannot be imported: {type(error).__name__}{blame}: {text[0] if text else 'no message'}. "
-        f'Try python -c "import {culprit}"; where that fails too, install a {culprit} that fits torch {torch.__version__}'
+        f'Try python -c "import {culprit}"; where that fails too, install a {culprit} that fits '
+        f"torch {torch.__version__}"
     )
 
 
-def failing_package(error: BaseException | None) -> str | None:
-    """Return the top-level package, other than torch, that an exception from an import came out of, or None."""
-    innermost = None
-    while error is not None:
-        frame = error.__traceback__
-        while frame is not None:
-            top = str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0]
-            if top not in ("torch", "importlib", "fxprune", "_frozen_importlib", "") and top not in sys.stdlib_module_names:
-                innermost = top
-            frame = frame.tb_next
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that a chain of `raise ... from` began with."""
+    while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def failing_package(error: BaseException) -> str | None:
+    """Return the top-level package, other than torch, that ran last before an import failed, or None."""
+    innermost, frame = None, error.__traceback__
+    while frame is not None:
+        top = str(frame.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+        if top not in ("torch", "fxprune", "", *sys.stdlib_module_names):
+            innermost = top
+        frame = frame.tb_next
     return innermost
 
 
@@ -269,7 +279,9 @@ def _transformers(path: Path) -> Source:
             kwargs = _transformers_inputs(config, module)
         except FxpruneError:
             raise
-        except Exception as error:  # transformers raises a dozen kinds
+        except ImportError as error:  # it imports the file of a model, and what that needs, when the model is asked for
+            raise InputError(_cannot_import("transformers", error)) from error
+        except Exception as error:  # a dozen kinds
             raise InputError(f"transformers cannot make hf:{path}: {type(error).__name__}: {error}") from error
     return Source(module, (), kwargs, notes)
 
@@ -355,7 +367,9 @@ def _python(path: Path, factory: str) -> Source:
         raise InputError(_no_factory(path, factory))
     if not isinstance(made, nn.Module):
         if not callable(made):
-            raise InputError(f"'{path}:{factory}' is of type {type(made).__name__}, not a function that returns a module")
+            raise InputError(
+                f"'{path}:{factory}' is of type {type(made).__name__}, not a function that returns a module"
+            )
         try:
             made = made()
         except Exception as error:

@@ -11,9 +11,9 @@ from fxprune.analyse import Analysis
 from fxprune.costs import Costs
 from fxprune.errors import RecipeError, TargetError
 from fxprune.groups import Group, frozen_dimensions, matches
-from fxprune.kept import Kept
+from fxprune.kept import Indices, Kept
 from fxprune.passes.registries import ALLOCATORS, CRITERIA, Budget, name_of, with_options
-from fxprune.passes.statistics import Statistics
+from fxprune.passes.statistics import Scores, Statistics
 from fxprune.recipe import Recipe
 
 
@@ -45,7 +45,7 @@ def choose(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs
     return Kept({g.axis: _best(scores[g.name], counts[g.name]) for g in eligible})
 
 
-def _best(scores: np.ndarray, count: int) -> np.ndarray:  # type: ignore[type-arg]
+def _best(scores: Scores, count: int) -> Indices:
     """The indices of the highest scores, ascending; of equal ones the first."""
     order = np.argsort(-scores, kind="stable")[:count]
     return np.sort(order)
@@ -93,5 +93,7 @@ def _obstacles(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: C
     frozen = sorted(frozen_dimensions(analysis), key=lambda w: -tensors[w.tensor].numel())
     lines += [f"  {w.tensor}, dimension {w.dim} ({w.size}): {w.reason}" for w in frozen[:5]]
     if multiple > 1:
-        lines.append(f"  widths are multiples of {multiple} (round_to), and no group keeps less than {recipe.floor:.0%} (floor)")
+        lines.append(
+            f"  widths are multiples of {multiple} (round_to), and no group keeps less than {recipe.floor:.0%} (floor)"
+        )
     return "What stands in the way:\n" + "\n".join(lines)

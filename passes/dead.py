@@ -4,8 +4,8 @@ A model that went through sparse training, or under masks, has channels whose we
 always silent: a bias, or batch norm's shift through an activation, makes it a constant. It is removed all the same, its
 constant folded into the biases of its consumers.
 
-Which values are constant is found by running the dense graph once on inputs of NaN: whatever is a number at the end does not
-depend on the inputs. Products with zero weights are taken as zero there, whatever the other factor.
+Which values are constant is found by running the dense graph once on inputs of NaN: whatever is a number at the end
+does not depend on the inputs. Products with zero weights are taken as zero there, whatever the other factor.
 """
 
 from __future__ import annotations
@@ -154,14 +154,16 @@ class _Constants(Reference):
         if rule is None:
             return n.target.__class__.__name__ == "builtin_function_or_method"  # operator.getitem
         family = rule.infer.__module__.rpartition(".")[2]
-        name = n.target.overloadpacket.__name__
+        name = rule.target.overloadpacket.__name__
         floats = all(_is_float(self.values[a]) for a in n.all_input_nodes)
         return floats and (family in _HONEST or name in _HONEST_NAMES)
 
     def _has_unknown(self, n: fx.Node) -> bool:
         values = self.values[n]
         return any(
-            bool(_unknown_mask(v).any()) for v in (values if isinstance(values, list | tuple) else [values]) if isinstance(v, Tensor)
+            bool(_unknown_mask(v).any())
+            for v in (values if isinstance(values, list | tuple) else [values])
+            if isinstance(v, Tensor)
         )
 
     @staticmethod
@@ -253,9 +255,7 @@ def _mixes(node: fx.Node, dims: Any, carries: list[int]) -> bool:
     return any(i in {d % rank for d in over} for i in carries)
 
 
-def _removable(
-    analysis: Analysis, constants: _Constants, node: fx.Node, operand: fx.Node, axis: Axis, dim: int
-) -> Any:
+def _removable(analysis: Analysis, constants: _Constants, node: fx.Node, operand: fx.Node, axis: Axis, dim: int) -> Any:
     """True for the units whose contribution to a contraction is zero, or a constant that a bias can hold."""
     value = constants.values[operand]
     zero = ~np.asarray(((value != 0) | torch.isnan(value)).movedim(dim, 0).flatten(1).any(1))
@@ -274,7 +274,7 @@ def _removable(
 
 
 def _unused(constants: _Constants, node: fx.Node, operand: fx.Node) -> Any:
-    """True where the weights that an entry of the operand is multiplied with are all zero; None where that is not known."""
+    """True where the weights that an entry of the operand is multiplied with are all zero; None where not known."""
     if node.target is not aten.linear.default:
         return None
     named, _ = bind(node.target, node.args, dict(node.kwargs))
@@ -293,7 +293,11 @@ def _all_entries(dim: Dim, axis: Axis, flags: Any) -> Any:
 
 def _padded(named: dict[str, Any]) -> bool:
     padding = named.get("padding", 0)
-    return isinstance(padding, str) and padding != "valid" or any(np.atleast_1d(padding if not isinstance(padding, str) else 0))
+    return (
+        (isinstance(padding, str)
+        and padding != "valid")
+        or any(np.atleast_1d(padding if not isinstance(padding, str) else 0))
+    )
 
 
 def _bias_name(analysis: Analysis, node: fx.Node) -> str | None:

@@ -133,7 +133,7 @@ def _caught(case: Sample, words: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["roll as an element-wise operator", "flip as an element-wise operator", "cumsum as an element-wise operator"])
+@pytest.mark.parametrize("name", ["roll as an element-wise operator", "flip as an element-wise operator"])
 def test_a_wrong_rule_is_caught_by_the_proof(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes fit all the same, but not the values."""
     target, infer = WRONG[name]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from fxprune.axes import ONE, Axes, Dim, Fixed, Misfit, Size, size_of
+from fxprune.axes import ONE, Axes, Dim, Fixed, Size, size_of
 from fxprune.capture import Varying
 
 aten = torch.ops.aten
@@ -28,7 +28,8 @@ class Site:
 
     Attributes:
         shape: the sizes of the result, or a list of them where there are several results.
-        macs: filled by `multiply`: each entry is one contraction, whose multiply-accumulates are the product of the sizes.
+        macs: filled by `multiply`: each entry is one contraction, whose multiply-accumulates are the product of the
+            sizes.
     """
 
     axes: Axes
@@ -55,7 +56,7 @@ class Site:
     def broadcast(self, *operands: Dims) -> Dims:
         """Equate dimensions aligned from the right, as element-wise operators do; size 1 stretches."""
         rank = max(len(o) for o in operands)
-        result = []
+        result: list[Dim] = []
         for i in range(-rank, 0):
             dims = [o[i] for o in operands if len(o) >= -i and size_of(o[i]) != 1]
             if not dims:
@@ -160,7 +161,7 @@ def rule(*targets: Any, literals: Recompute | None = None) -> Callable[[Infer], 
     return decorate
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(target: Any) -> tuple[tuple[str, bool, bool, Any], ...]:
     return tuple((a.name, a.kwarg_only, a.has_default_value(), a.default_value) for a in target._schema.arguments)
 
@@ -189,7 +190,9 @@ def output_shape(argument: str) -> Recompute:
         sizes = args[argument]
         if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
             sizes = sizes[0]
-        return {argument: [s if isinstance(s, int) and s == -1 else rw.size(d) for s, d in zip(sizes, dims, strict=True)]}
+        return {
+            argument: [s if isinstance(s, int) and s == -1 else rw.size(d) for s, d in zip(sizes, dims, strict=True)]
+        }
 
     return recompute
 

@@ -281,8 +281,10 @@ def pad(site: Site, x: Dims, amounts: Sequence[Any], mode: Any = "constant", val
         d = len(x) - 1 - i
         left, right = as_size(amounts[2 * i]), as_size(amounts[2 * i + 1])
         have = site.axes.resolve(dims[d])
-        if (left == 0 and right == 0) or isinstance(have, Fixed):
-            dims[d] = have if left == 0 and right == 0 else Fixed(site.shape[d], have.why)
+        if left == 0 and right == 0:
+            dims[d] = have
+        elif isinstance(have, Fixed):
+            dims[d] = Fixed(site.shape[d], have.why)
         elif (isinstance(mode, str) and mode != "constant") or isinstance(left, tuple) or isinstance(right, tuple):
             site.freeze(have, "it is padded by reflection or repetition")
             dims[d] = Fixed(site.shape[d], "padding")

@@ -93,7 +93,9 @@ def rank(site: Site, x: Dims, *args: Any, **kwargs: Any) -> Any:
     dim = positive(dim, len(x))
     site.freeze(x[dim], "its entries are ranked")
     outs: Any = site.outputs("ranked entries")
-    merged = [tuple(o[i] if i == dim else d for i, d in enumerate(x)) for o in (outs if isinstance(outs, list) else [outs])]
+    merged = [
+        tuple(o[i] if i == dim else d for i, d in enumerate(x)) for o in (outs if isinstance(outs, list) else [outs])
+    ]
     return merged if isinstance(outs, list) else merged[0]
 
 

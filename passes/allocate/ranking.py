@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,14 +18,15 @@ from fxprune.passes.statistics import Scores
 def ranking(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, budget: Budget) -> dict[str, int]:
     """The best units of the whole model stay, whichever group they are in.
 
-    Units come in runs of one step; a run counts by its mean score, never above the run before it in its group. Scores must
+    Units come in runs of one step; a run counts by its mean score, never above the run before it in its group.
+    Scores must
     be comparable across groups (see the criterion's `normalize`), else whole layers shrink to their floor.
     """
     rungs = []
     for i, group in enumerate(groups):
         ranked = np.sort(scores[group.name])[::-1]
         ceiling, counts = np.inf, widths(group, budget)
-        for before, count in zip(counts, counts[1:], strict=False):
+        for before, count in itertools.pairwise(counts):
             ceiling = min(ceiling, float(ranked[before:count].mean()))
             rungs.append((-ceiling, i, count, Rung(group, count)))
     return climb(groups, [r[-1] for r in sorted(rungs, key=lambda r: r[:3])], costs, budget)

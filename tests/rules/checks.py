@@ -21,6 +21,9 @@ from fxprune.rewrite import rewrite
 
 Order = npt.NDArray[np.int64]
 Inputs = Sequence[Any]
+Place = tuple[str, int, Order]
+#: Of a group with more occurrences than this, not every part is permuted.
+MANY = 6
 
 
 def analysed(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Analysis, list[Group]]:
@@ -147,34 +150,56 @@ def check_permutation(analysis: Analysis, groups: list[Group], inputs: Inputs, s
 
 
 def check_members(analysis: Analysis, groups: list[Group], inputs: Inputs, seed: int) -> None:
-    """Permuting one occurrence of a group alone changes the outputs: then all of it has to be cut together.
+    """Permuting a part of a group's occurrences changes the outputs: then all of it has to be cut together.
 
-    Two cases are no offence. Of a group that occurs once only, nothing is asked. And where the values at an occurrence do
-    not matter at all, their order does not: there, other random values leave the outputs as they are.
+    An occurrence is one place of the group in one dimension of one tensor. Those whose values do not matter at all (other
+    random values leave the outputs as they are) are left out, for then their order does not matter either.
     """
     before = dense(analysis, inputs)
+    rng = np.random.default_rng(seed)
     for group in groups:
         order = derangement(group.size, seed)
         places = [
             (name, dim, where)
             for name, dim in group.members
             for where in positions(analysis.tensors[name][dim], group.axis)
+            if analysis.captured.tensors[name].is_floating_point()
         ]
-        for name, dim, where in places if len(places) > 1 else ():
+        places = [p for p in places if not close(before, _changed(analysis, inputs, [p], None, rng), 1e-9)]
+        for part in _parts(places):
+            assert not close(before, _changed(analysis, inputs, part, order, rng), 1e-9), (
+                f"permuting {', '.join(f'dimension {d} of {n}' for n, d, _ in part)} alone does not change the outputs: "
+                f"the group {group.name} need not hold it together with the rest"
+            )
+
+
+def _parts(places: list[Place]) -> Iterator[list[Place]]:
+    """Yield the parts of a group to permute, one of each pair of complements: all of them, or single ones of many."""
+    if len(places) > MANY:
+        yield from ([p] for p in places)
+        return
+    for chosen in range(1, 2 ** (len(places) - 1) if places else 0):
+        yield [p for i, p in enumerate(places) if chosen >> i & 1]
+
+
+def _changed(
+    analysis: Analysis, inputs: Inputs, part: list[Place], order: Order | None, rng: np.random.Generator
+) -> list[Any]:
+    """Run with other values at some occurrences of a group: in another order, or with noise where there is no order."""
+    changed: dict[str, Tensor] = {}
+    own = own_weights(analysis)
+    for name, dim, where in part:
+        tensor = changed.get(name, own(name)).double()
+        held = np.flatnonzero(where >= 0)
+        if order is None:
+            shape = [1] * dim + [-1] + [1] * (tensor.dim() - dim - 1)
+            tensor = tensor + torch.from_numpy((where >= 0).reshape(shape) * rng.uniform(0.1, 1, tuple(tensor.shape)))
+        else:
             index = np.arange(len(where))
-            held = where >= 0
-            index[held] = _reordered(where[held], np.flatnonzero(held), order)
-            tensor = analysis.captured.tensors[name].detach()
-            if tensor.is_floating_point() and close(before, _with(analysis, inputs, name, tensor.index_select(
-                dim, torch.from_numpy(index)
-            )), 1e-9):
-                noise = tensor.clone().double()
-                shape = [1] * dim + [-1] + [1] * (tensor.dim() - dim - 1)
-                noise += torch.from_numpy(held).reshape(shape) * torch.rand(tensor.shape, dtype=torch.float64)
-                assert close(before, _with(analysis, inputs, name, noise), 1e-9), (
-                    f"permuting dimension {dim} of {name} alone does not change the outputs: "
-                    f"the group {group.name} need not hold it"
-                )
+            index[held] = _reordered(where[held], held, order)
+            tensor = tensor.index_select(dim, torch.from_numpy(index))
+        changed[name] = tensor
+    return dense(analysis, inputs, lambda name: changed.get(name, own(name)))
 
 
 def _reordered(units: Order, places: Order, order: Order) -> Order:
@@ -187,8 +212,3 @@ def _reordered(units: Order, places: Order, order: Order) -> Order:
     for u, source in enumerate(order):
         result[units == u] = by_unit[source]
     return result
-
-
-def _with(analysis: Analysis, inputs: Inputs, name: str, value: Tensor) -> list[Any]:
-    own = own_weights(analysis)
-    return dense(analysis, inputs, lambda n: value if n == name else own(n))

@@ -104,7 +104,11 @@ SAMPLES = [
         groups=[8, 6],
         note="outer",
     ),
-    sample(aten.mm.default, lambda net, x: net.linear(aten.mm.default(_hidden(net, x), net.parameter(8, 6)).sin(), 3), groups=[8, 6]),
+    sample(
+        aten.mm.default,
+        lambda net, x: net.linear(aten.mm.default(_hidden(net, x), net.parameter(8, 6)).sin(), 3),
+        groups=[8, 6],
+    ),
     sample(aten.mv.default, lambda net, x: aten.mv.default(_hidden(net, x), net.parameter(8)), groups=[8]),
     sample(aten.dot.default, lambda net, x: aten.dot.default(_vector(net, x), net.parameter(8)) + x, groups=[8]),
     sample(
@@ -131,24 +135,29 @@ SAMPLES = [
     sample(
         aten.addbmm.default,
         lambda net, x: (
-            aten.addbmm.default(net.parameter(8, 6), _hidden(net, x).transpose(1, 2), net.linear(x, 6)).sin()
-            @ net.parameter(6, 3)
-        ).amax(0)
-        + x[:, :, :3],
+            (
+                aten.addbmm.default(net.parameter(8, 6), _hidden(net, x).transpose(1, 2), net.linear(x, 6)).sin()
+                @ net.parameter(6, 3)
+            ).amax(0)
+            + x[:, :, :3]
+        ),
         *(4, 5),
         groups=[8, 6],
     ),
     sample(
         aten.addmv.default,
-        lambda net, x: net.linear(
-            aten.addmv.default(net.parameter(6), net.parameter(6, 8), _vector(net, x)).sin(), 3
-        ) + x[:, :3],
+        lambda net, x: (
+            net.linear(aten.addmv.default(net.parameter(6), net.parameter(6, 8), _vector(net, x)).sin(), 3) + x[:, :3]
+        ),
         groups=[6, 8],
     ),
     sample(
         aten.outer.default,
-        lambda net, x: (net.parameter(3, 8) @ aten.outer.default(_vector(net, x), net.linear(x.mean(0), 6)).sin())
-        @ net.parameter(6, 5) + x.mean(),
+        lambda net, x: (
+            (net.parameter(3, 8) @ aten.outer.default(_vector(net, x), net.linear(x.mean(0), 6)).sin())
+            @ net.parameter(6, 5)
+            + x.mean()
+        ),
         groups=[8, 6],
     ),
     _einsum("bi,oi->bo", lambda net, x: aten.einsum.default("bi,oi->bo", [_hidden(net, x), net.parameter(3, 8)]), [8]),
@@ -169,7 +178,8 @@ SAMPLES = [
     _einsum(
         "ellipsis",
         lambda net, x: net.linear(
-            aten.einsum.default("...tc,...c,ch->...th", [_hidden(net, x), net.parameter(8), net.parameter(8, 6)]).sin(), 3
+            aten.einsum.default("...tc,...c,ch->...th", [_hidden(net, x), net.parameter(8), net.parameter(8, 6)]).sin(),
+            3,
         ),
         [8, 6],
         *(4, 5),

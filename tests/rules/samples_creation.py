@@ -93,7 +93,9 @@ SAMPLES = [
     ),
     sample(
         aten.eye.default,
-        lambda net, x: net.linear((net.linear(x, 8).unsqueeze(0) * aten.eye.default(x.shape[0]).unsqueeze(-1)).sum(0), 3),
+        lambda net, x: net.linear(
+            (net.linear(x, 8).unsqueeze(0) * aten.eye.default(x.shape[0]).unsqueeze(-1)).sum(0), 3
+        ),
         groups=[8],
     ),
     # Elsewhere it is a constant by the time the rules are applied, and cut like any other.

@@ -100,9 +100,7 @@ SAMPLES = [
     ),
     sample(
         aten.gather.default,
-        lambda net, x: net.linear(
-            aten.gather.default(h := _hidden(net, x), 1, h.argmax(1, keepdim=True)), 3
-        ),
+        lambda net, x: net.linear(aten.gather.default(h := _hidden(net, x), 1, h.argmax(1, keepdim=True)), 3),
         *(4, 5),
         groups=[8],
         note="same",

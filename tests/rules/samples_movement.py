@@ -18,7 +18,11 @@ def _simple(
 ) -> Sample:
     """One step between two linear layers: from `out` features to whatever `step` makes of them."""
     return sample(
-        target, lambda net, x: net.linear(step(_hidden(net, x, out)), 3), *shape, groups=[8] if groups is None else groups, note=note
+        target,
+        lambda net, x: net.linear(step(_hidden(net, x, out)), 3),
+        *shape,
+        groups=[8] if groups is None else groups,
+        note=note,
     )
 
 
@@ -130,7 +134,9 @@ VIEWS = [
     _simple(aten.reshape.default, lambda h: aten.reshape.default(h, [h.shape[0] * 4, 8]), 4, 5),
     _simple(aten.reshape.default, lambda h: aten.reshape.default(h, [h.shape[0], 32]), 4, 5, note="flat"),
     _simple(aten.flatten.using_ints, lambda h: aten.flatten.using_ints(h, 1), 4, 5),
-    _simple(aten.flatten.using_ints, lambda h: aten.flatten.using_ints(h.transpose(1, 2), 1), 4, 5, note="channels first"),
+    _simple(
+        aten.flatten.using_ints, lambda h: aten.flatten.using_ints(h.transpose(1, 2), 1), 4, 5, note="channels first"
+    ),
     _simple(aten.squeeze.default, lambda h: aten.squeeze.default(h.unsqueeze(1))),
     _simple(aten.squeeze.dim, lambda h: aten.squeeze.dim(h.unsqueeze(1), 1)),
     _simple(aten.squeeze.dims, lambda h: aten.squeeze.dims(h.unsqueeze(1).unsqueeze(1), [1, 2])),
@@ -177,12 +183,16 @@ TRANSPOSITIONS = [
     _simple(aten.permute.default, lambda h: aten.permute.default(h, [0, -1, 1]).transpose(1, 2), 4, 5, note="negative"),
     _simple(
         [aten.transpose.int, aten.swapaxes.default, aten.swapdims.default],
-        lambda h: aten.swapdims.default(aten.swapaxes.default(aten.transpose.int(h, 1, -1), 0, 1), 0, 2).transpose(0, 1),
+        lambda h: aten.swapdims.default(aten.swapaxes.default(aten.transpose.int(h, 1, -1), 0, 1), 0, 2).transpose(
+            0, 1
+        ),
         *(4, 5),
     ),
     sample(aten.t.default, lambda net, x: _hidden(net, x) @ aten.t.default(net.parameter(3, 8)), groups=[8]),
     sample(aten.t.default, _untied, groups=[3, 5], note="tied"),
-    sample(aten.numpy_T.default, lambda net, x: _hidden(net, x) @ aten.numpy_T.default(net.parameter(3, 8)), groups=[8]),
+    sample(
+        aten.numpy_T.default, lambda net, x: _hidden(net, x) @ aten.numpy_T.default(net.parameter(3, 8)), groups=[8]
+    ),
     sample(
         aten.numpy_T.default,
         lambda net, x: net.linear(_hidden(net, x) * aten.numpy_T.default(net.parameter(8, 4, 1)), 3),
@@ -190,8 +200,12 @@ TRANSPOSITIONS = [
         groups=[8],
         note="rank 3",
     ),
-    sample(aten.mT.default, lambda net, x: _hidden(net, x) @ aten.mT.default(net.parameter(4, 3, 8)), 4, 6, 5, groups=[8]),
-    sample(aten.mH.default, lambda net, x: _hidden(net, x) @ aten.mH.default(net.parameter(4, 3, 8)), 4, 6, 5, groups=[8]),
+    sample(
+        aten.mT.default, lambda net, x: _hidden(net, x) @ aten.mT.default(net.parameter(4, 3, 8)), 4, 6, 5, groups=[8]
+    ),
+    sample(
+        aten.mH.default, lambda net, x: _hidden(net, x) @ aten.mH.default(net.parameter(4, 3, 8)), 4, 6, 5, groups=[8]
+    ),
     sample(
         aten.adjoint.default, lambda net, x: _hidden(net, x) @ aten.adjoint.default(net.parameter(3, 8)), groups=[8]
     ),
@@ -208,9 +222,7 @@ COPIES = [
     sample(aten.expand.default, _class_token, 4, 5, groups=[8], note="class token"),
     sample(
         aten.broadcast_to.default,
-        lambda net, x: net.linear(
-            _hidden(net, x) * aten.broadcast_to.default(net.linear(x, 1), [x.shape[0], 8]), 3
-        ),
+        lambda net, x: net.linear(_hidden(net, x) * aten.broadcast_to.default(net.linear(x, 1), [x.shape[0], 8]), 3),
         groups=[8],
     ),
     sample(
@@ -256,7 +268,9 @@ JOINS = [
         note="with an input",
     ),
     sample(
-        aten.concat.default, lambda net, x: net.linear(aten.concat.default([_hidden(net, x), net.linear(x, 4)], -1), 3), groups=[8, 4]
+        aten.concat.default,
+        lambda net, x: net.linear(aten.concat.default([_hidden(net, x), net.linear(x, 4)], -1), 3),
+        groups=[8, 4],
     ),
     sample(
         aten.concatenate.default,
@@ -342,7 +356,9 @@ PADDING = [
     _simple(aten.pad.default, lambda h: aten.pad.default(h, [2, 1], value=0.5), note="channels"),
     _simple(aten.pad.default, lambda h: aten.pad.default(h, [-2, -1]), groups=[], note="channels cut"),
     _simple(aten.pad.default, lambda h: aten.pad.default(h, [0, 0, 1, 2]), 4, 5, note="rows"),
-    _simple(aten.pad.default, lambda h: aten.pad.default(h.unsqueeze(1), [2, 1], "circular"), groups=[], note="circular"),
+    _simple(
+        aten.pad.default, lambda h: aten.pad.default(h.unsqueeze(1), [2, 1], "circular"), groups=[], note="circular"
+    ),
     _simple(aten.constant_pad_nd.default, lambda h: aten.constant_pad_nd.default(h, [0, 4], 0.3)),
 ]
 
@@ -361,7 +377,10 @@ ORDERS = [
     sample(
         aten.tril.default,
         lambda net, x: net.linear(
-            aten.tril.default(_hidden(net, x).transpose(1, 2).unsqueeze(2).expand(-1, -1, 4, -1)).sum(-1).transpose(1, 2), 3
+            aten.tril.default(_hidden(net, x).transpose(1, 2).unsqueeze(2).expand(-1, -1, 4, -1))
+            .sum(-1)
+            .transpose(1, 2),
+            3,
         ),
         *(4, 5),
         groups=[8],

@@ -45,14 +45,18 @@ SAMPLES = [
     ),
     _image(INSTANCE, lambda: nn.InstanceNorm2d(8, affine=True), [8]),
     _image(INSTANCE, lambda: nn.InstanceNorm2d(8), [8], note="no weight"),
-    _image(INSTANCE, lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True), [8], rank=1, note="statistics"),
+    _image(
+        INSTANCE, lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True), [8], rank=1, note="statistics"
+    ),
     _tokens(LAYER, lambda: nn.LayerNorm(8), [8]),
     _tokens(LAYER, lambda: nn.LayerNorm(8, bias=False), [8], note="no bias"),
     _tokens(LAYER, lambda: nn.LayerNorm(8, elementwise_affine=False), [8], note="no weight"),
     _tokens(LAYER, lambda: nn.LayerNorm((4, 8)), [8], note="two dimensions"),
     sample(
         LAYER,
-        lambda net, x: net.conv(net.layer(lambda: nn.LayerNorm(8))(net.conv(x, 8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3),
+        lambda net, x: net.conv(
+            net.layer(lambda: nn.LayerNorm(8))(net.conv(x, 8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 3
+        ),
         *(2, 4, 4),
         groups=[8],
         note="channels last",

@@ -19,7 +19,9 @@ def _channels(target: Any, step: Step, groups: list[int] | None = None, *, note:
         h = net.linear(x, 8).sin()
         return net.linear(h, 3) + _merged(step(h))
 
-    return sample(target, function, 4, 5, groups=[8] if groups is None else groups, note=note or "channels", xfail=xfail)
+    return sample(
+        target, function, 4, 5, groups=[8] if groups is None else groups, note=note or "channels", xfail=xfail
+    )
 
 
 def _rows(target: Any, step: Step, groups: list[int] | None = None, note: str = "") -> Sample:
@@ -111,7 +113,11 @@ REDUCTIONS = [
     _channels(aten.count_nonzero.dim_IntList, lambda h: aten.count_nonzero.dim_IntList(_few(h), [-1]).unsqueeze(-1)),
     _rows(aten.count_nonzero.dim_IntList, lambda h: aten.count_nonzero.dim_IntList(_few(h), [1])),
     *[
-        _channels(aten.linalg_vector_norm.default, lambda h, n=n: aten.linalg_vector_norm.default(h, n, [-1], True), note=f"{n}")
+        _channels(
+            aten.linalg_vector_norm.default,
+            lambda h, n=n: aten.linalg_vector_norm.default(h, n, [-1], True),
+            note=f"{n}",
+        )
         for n in (2, 1, 3.5, float("inf"), -float("inf"), 0)
     ],
     _rows(aten.linalg_vector_norm.default, lambda h: aten.linalg_vector_norm.default(h, 2, [1])),
@@ -119,7 +125,10 @@ REDUCTIONS = [
     _channels(aten.norm.ScalarOpt_dim, lambda h: aten.norm.ScalarOpt_dim(h, 2, [-1], True)),
     _channels(aten.norm.ScalarOpt_dim, lambda h: aten.norm.ScalarOpt_dim(h, -1, [-1], True), note="-1"),
     _channels(aten.norm.Scalar, lambda h: aten.norm.Scalar(h, 2), note="all"),
-    *[_channels(t, lambda h, t=t: t(h, [-1], correction=1, keepdim=True)) for t in (aten.var.correction, aten.std.correction)],
+    *[
+        _channels(t, lambda h, t=t: t(h, [-1], correction=1, keepdim=True))
+        for t in (aten.var.correction, aten.std.correction)
+    ],
     *[_rows(t, lambda h, t=t: t(h, [1], correction=0)) for t in (aten.var.correction, aten.std.correction)],
     *[_channels(t, lambda h, t=t: t(h, [-1], False, True)) for t in (aten.var.dim, aten.std.dim)],
     *[_rows(t, lambda h, t=t: t(h, [1])) for t in (aten.var.dim, aten.std.dim)],
@@ -201,7 +210,11 @@ SCANS = [
             _channels(target, lambda h, t=target: t(h, -1, True), []),
         )
     ],
-    *[s for t in (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default) for s in _ranked(t, _first)],
+    *[
+        s
+        for t in (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default)
+        for s in _ranked(t, _first)
+    ],
 ]
 
 GATES = [
@@ -216,7 +229,12 @@ GATES = [
         note="images",
     ),
     sample(
-        aten.glu.default, lambda net, x: net.linear(aten.glu.default(net.linear(x, 8), 1), 3), 4, 5, groups=[8], note="rows"
+        aten.glu.default,
+        lambda net, x: net.linear(aten.glu.default(net.linear(x, 8), 1), 3),
+        4,
+        5,
+        groups=[8],
+        note="rows",
     ),
 ]
 
