@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 
 from fxprune.axes import Size, tidy
 from fxprune.errors import CaptureError, FxpruneError, InputError
@@ -329,7 +330,9 @@ class _Session:
         name = self._by_id.get(id(tensor)) or f"_constant_{len(found)}"
         found[id(tensor)] = name
         known = self.constants.get(name)
-        if known is not None and known is not tensor and not torch.equal(known, tensor):
+        with no_dispatch():  # the values themselves, not their fakes
+            same = known is None or known is tensor or torch.equal(known, tensor)
+        if not same:
             raise CaptureError(f"the constant '{name}' differs between two recordings")
         self.constants[name] = tensor
         return name
@@ -382,14 +385,20 @@ def _module_stack(paths: dict[int, str], stack: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_operators() -> Iterator[None]:
-    """Attention layers run their own Python code, not one opaque fused operator; gradients are on, as for a user."""
+    """Attention layers run their own Python code, not one opaque fused operator; gradients are on, as for a user.
+
+    Model code is told that it is being exported, as `torch.export` does, so that it takes its traceable branches.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
+    told = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
     try:
         with torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = told
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
