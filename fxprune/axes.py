@@ -160,6 +160,8 @@ def product(factors: Iterable[Dim]) -> Dim:
             if isinstance(f, Fixed):
                 if f.size == 1:
                     continue
+                if f.size == 0:
+                    return f
                 if flat and isinstance(flat[-1], Fixed):
                     flat[-1] = Fixed(times(flat[-1].size, f.size), flat[-1].why or f.why)
                     continue

@@ -30,6 +30,7 @@ from fxprune.record import Recorder
 
 #: More dynamic sizes than this would need too many recordings.
 MAX_SYMBOLS = 3
+CHANNELS_LAST = torch.channels_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +204,13 @@ def _symbols(
 
 
 def _probes(name: str, size: int) -> tuple[int, int]:
-    """Two values to record at. Batch sizes are primes; others stay at or below the example's, which the model takes."""
+    """Two values to record at, the example's own among them where that says enough: a forward may branch on its size.
+
+    A second batch size is far away, so that halves or squares of it are not taken for multiples; other
+    sizes stay at or below the example's, which the model takes.
+    """
     if name == "batch":
-        return 5, 7
+        return (size, 2 * size + 3) if size > 1 else (5, 7)
     return (size, size - 2) if size >= 6 else (size + 2, size)
 
 
@@ -214,6 +219,7 @@ class _Session:
 
     def __init__(self, model: nn.Module, names: list[str], leaves: list[Any], in_spec: pytree.TreeSpec) -> None:
         self.model, self.names, self.leaves, self.in_spec = model, names, leaves, in_spec
+        self.state = ModelState(model)
         self.paths = {id(m): n for n, m in model.named_modules()}
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
@@ -241,7 +247,9 @@ class _Session:
     def _fake(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         strides = tensor.stride() if list(shape) == list(tensor.shape) else None
         if strides is None:
-            meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
+            rows = tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=CHANNELS_LAST)
+            order = torch.contiguous_format if rows else CHANNELS_LAST
+            meta = torch.empty(shape, dtype=tensor.dtype, device="meta", memory_format=order)
         else:
             meta = torch.empty_strided(tuple(shape), strides, dtype=tensor.dtype, device="meta")
         device = tensor.device if tensor.device.type != "meta" else torch.device("cpu")
@@ -291,7 +299,7 @@ class _Session:
             recorder.bind_attribute(self.tensors[name], name)
         args, kwargs = pytree.tree_unflatten(fakes, self.in_spec)
         try:
-            with eval_with(self.model, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
+            with eval_with(self.state, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
                 with self.mode, enable_python_dispatcher(), recorder:
                     out = self.model(*args, **kwargs)
                 leaves, out_spec = pytree.tree_flatten(out)
@@ -313,7 +321,7 @@ class _Session:
         if not any(isinstance(r, fx.Node) for r in results):
             raise CaptureError(f"{type(self.model).__name__} returns no tensor, so there is nothing to keep equal")
         graph.output(results)
-        _detach_no_grad(graph)
+        _detach_no_grad(graph, {n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)})
         graph.eliminate_dead_code()
         for node in graph.nodes:
             _shape(node)
@@ -339,29 +347,51 @@ class _Session:
 
 
 @contextlib.contextmanager
-def eval_with(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+def eval_with(state: ModelState, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Put `tensors` in the place of the model's own, every module into eval mode; afterwards restore all attributes."""
-    modules = dict(model.named_modules())
-    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-    for module in modules.values():
-        state = vars(module)
-        before.append((module, dict(state), {k: v.copy() for k, v in state.items() if isinstance(v, dict | list)}))
     try:
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            owner = modules[path]
+            owner = state.modules[path]
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
-        for module in modules.values():
+        for module in state.modules.values():
             module.training = False
         yield
     finally:
-        for module, attributes, copies in before:
+        state.restore()
+
+
+class ModelState:
+    """Every attribute of every module as it is now, to be put back after a forward pass has written to some."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))  # a shared module has several names
+        unique = {id(m): m for m in self.modules.values()}.values()
+        self._before = [(m, dict(vars(m)), list(_containers(vars(m)))) for m in unique]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, attributes, contents in self._before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for key, copy in copies.items():
-                container = attributes[key]
-                container.clear()
-                container.update(copy) if isinstance(container, dict) else container.extend(copy)
+            for container, copy in contents:
+                if container or copy:
+                    container.clear()
+                    container.extend(copy) if isinstance(container, list) else container.update(copy)
+
+
+def _containers(state: dict[Any, Any] | list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every dict, list and set inside, at any depth, with a copy of it: caches that `forward` may write to."""
+    seen: dict[int, Any] = {}
+    left = [state]
+    while left:
+        container = left.pop()
+        for value in container.values() if isinstance(container, dict) else container:
+            if isinstance(value, dict | list | set) and id(value) not in seen:
+                seen[id(value)] = value
+                yield value, value.copy()
+                if not isinstance(value, set):
+                    left.append(value)
 
 
 @contextlib.contextmanager
@@ -494,7 +524,7 @@ def _merge_args(values: Sequence[Any]) -> Any:
     raise ValueError(f"the argument {first!r} depends on the sizes ({', '.join(repr(v) for v in values[1:])})")
 
 
-def _detach_no_grad(graph: fx.Graph) -> None:
+def _detach_no_grad(graph: fx.Graph, parameters: set[str]) -> None:
     """What was computed under `torch.no_grad()` passes no gradient on: say so with `detach` where it leaves the region.
 
     Only values that depend on parameters or on floating-point inputs need it.
@@ -504,9 +534,7 @@ def _detach_no_grad(graph: fx.Graph) -> None:
         tensor = node.meta.get("val")
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if node.op in ("placeholder", "get_attr"):
-            if floating and (
-                node.op == "placeholder" or isinstance(tensor, nn.Parameter) or node.meta.get("parameter")
-            ):
+            if floating and (node.op == "placeholder" or node.target in parameters):
                 needs.add(node)
             continue
         if not any(a in needs for a in node.all_input_nodes):

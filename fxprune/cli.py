@@ -28,10 +28,11 @@ from rich.table import Table
 from rich.text import Text
 
 import fxprune
-from fxprune import errors, passes
+from fxprune import passes
 from fxprune.api import Pruned
 from fxprune.api import compile as compile_model
 from fxprune.backends import BACKENDS
+from fxprune.backends.timing import LEAST_REPEATS
 from fxprune.doctor import backend_states, diagnose, first_line
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.explain import Coupling, Explainer, Explanation, FrozenInfo, GroupInfo, OperatorInfo, Step
@@ -46,12 +47,11 @@ WIDTH = 100
 
 EXIT_CODES = {
     0: "done",
-    **{e.exit_code: first_line(e.__doc__) for e in vars(errors).values() if isinstance(e, type)},
+    **{e.exit_code: first_line(e.__doc__) for e in FxpruneError.__subclasses__()},
     2: f"{first_line(RecipeError.__doc__)}; or the command line is wrong",
     INTERNAL: "An error that fxprune did not expect; its traceback is printed",
     INTERRUPTED: "Stopped with Ctrl-C",
 }
-del EXIT_CODES[FxpruneError.exit_code]  # the base class of the others, never raised itself
 _EPILOG = "\n\n".join(
     [
         f"MODEL is one of: {', '.join(FORMS)}",
@@ -328,7 +328,7 @@ def _compiled(
     model: str, source: Source, pruned: Pruned, out: Path, files: list[Path], failure: FxpruneError | None
 ) -> Answer:
     commands = {
-        "run": f"python -c {shlex.quote(f'import fxprune; model = fxprune.load({str(out)!r}); print(model)')}",
+        "load": f"python -c {shlex.quote(f'import fxprune; print(fxprune.load({json.dumps(str(out))}))')}",
         "bench": f"fxprune bench {shlex.quote(str(out))} --against {shlex.quote(model)}",
     }
     notes = [*source.notes, f"example inputs: {describe_inputs(source.args, source.kwargs)}"]
@@ -407,7 +407,7 @@ def show_explanation(explanation: Explanation, inputs: str) -> list[RenderableTy
     """Return the groups of a model, and a summary of what stays whole."""
     head = f"{explanation.model}: {explanation.params:,} parameters, {explanation.macs:,} MACs on {inputs}"
     if explanation.groups:
-        rows = table("group", "kind", "#units", "#parameters / unit", "#MACs / unit", "#tensors")
+        rows = table("group", "kind", "#units", "#params/unit", "#MACs/unit", "#tensors")
         for g in explanation.groups:
             rows.add_row(g.name, g.kind, f"{g.units:,}", f"{g.params:,}", f"{g.macs:,}", str(g.tensors))
         show: list[RenderableType] = [head, rows]
@@ -434,12 +434,11 @@ def show_group(info: GroupInfo, carriers: Sequence[Step]) -> list[RenderableType
         f"{info.name}: {info.units} units of kind {info.kind}{width}; one less saves {info.params:,} parameters "
         f"and {info.macs:,} MACs"
     )
-    members = table("tensor", "#dimension", "#size", "role", "made of")
+    mixed = any(m.made_of != info.name for m in info.members)
+    members = table("tensor", "#dimension", "#size", "role", *(["made of"] if mixed else []))
     for m in info.members:
-        made_of = "" if m.made_of == f"<{info.name}:{info.units}>" else m.made_of
-        members.add_row(m.tensor, str(m.dim), str(m.size), m.role, Text(made_of))
-    if all(not m for m in members.columns[4]._cells):
-        members.columns.pop()
+        row = [m.tensor, str(m.dim), str(m.size), m.role]
+        members.add_row(*row, *([m.made_of] if mixed else []))
     nodes = table("node", "operator", "module", "source line")
     for c in carriers:
         nodes.add_row(c.name, c.operator, c.path, c.source)
@@ -449,10 +448,10 @@ def show_group(info: GroupInfo, carriers: Sequence[Step]) -> list[RenderableType
 def show_coupling(coupling: Coupling) -> list[RenderableType]:
     """Return the path between two dimensions, or why there is none."""
     both = f"{coupling.first} and {coupling.second}"
-    if coupling.group:
-        lines = [f"{both} shrink together, in group {coupling.group}:"]
-        steps = coupling.steps or ("(the path leaves the group: they meet through a reshape)",)
-        return [*lines, *(f"  {line}" for line in steps)]
+    if coupling.groups:
+        steps = coupling.steps or ("no path of nodes was found; this is a gap in the explanation, not in the coupling",)
+        head = f"{both} shrink together, in group {' and in group '.join(coupling.groups)}:"
+        return [head, *(f"  {line}" for line in steps)]
     lines = [f"{both} are not coupled:"]
     for label, names in ((coupling.first, coupling.of_first), (coupling.second, coupling.of_second)):
         why = coupling.whole.get(label, "no group cuts it")
@@ -480,12 +479,12 @@ def show_frozen(frozen: Sequence[FrozenInfo]) -> list[RenderableType]:
 
 
 def _cause(cause: Step | None) -> Text:
-    if cause is None:
-        return Text()
-    where = " ".join(
-        w for w in (f"in {cause.path}" if cause.path else "", f"({cause.source})" if cause.source else "") if w
-    )
-    return Text(f"{cause.operator} {where}".strip())
+    return Text(f"{cause.operator} in {_where(cause)}".removesuffix(" in ") if cause is not None else "")
+
+
+def _where(step: Step) -> str:
+    """The module that a node belongs to, or its source line where it lies outside all of them."""
+    return step.path or step.source
 
 
 # ---------------------------------------------------------------------- ops
@@ -501,8 +500,7 @@ def ops(model: Model, inputs: Inputs = None, as_json: Json = False) -> Answer:
     data = {"operators": [asdict(o) for o in explanation.operators], "unknown": [o.name for o in unknown]}
     rows = table("operator", "#count", "rule", "first in")
     for o in explanation.operators:
-        where = " ".join(w for w in (o.first.path, f"({o.first.source})" if o.first.source else "") if w)
-        rows.add_row(o.name, str(o.count), "yes" if o.rule else Text("no", "bold red"), Text(where))
+        rows.add_row(o.name, str(o.count), "yes" if o.rule else Text("no", "bold red"), Text(_where(o.first)))
     last = f"{total - len(unknown)} of {total} operators have a rule"
     if unknown:
         last += "; what the others touch stays whole. fxprune.register_rule adds a rule"
@@ -520,7 +518,9 @@ def bench(
     ] = None,
     threads: Threads = None,
     batch: Batch = None,
-    rounds: Annotated[int, typer.Option(min=2, metavar="N", help="How often each of the two is timed.")] = 30,
+    rounds: Annotated[
+        int, typer.Option(min=LEAST_REPEATS, metavar="N", help="How often each of the two is timed.")
+    ] = 30,
     as_json: Json = False,
 ) -> Answer:
     """Time a saved model and the dense one alternately, in one run, on the same inputs."""

@@ -118,8 +118,8 @@ def _problem(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # anything can go wrong while a package of somebody else is imported
-        error = root_cause(error)
-        text = str(error).strip().splitlines()
-        culprit = failing_package(error) or name
-        return f"cannot be imported: {type(error).__name__} in {culprit}: {text[0] if text else 'no message'}"
+        cause = root_cause(error)
+        text = str(cause).strip().splitlines()
+        culprit = failing_package(cause) or name
+        return f"cannot be imported: {type(cause).__name__} in {culprit}: {text[0] if text else 'no message'}"
     return None

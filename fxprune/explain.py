@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis, analyse
-from fxprune.axes import atoms
+from fxprune.axes import Axis, Dim, Fixed, Product, atoms
 from fxprune.capture import capture
 from fxprune.costs import Costs
 from fxprune.errors import InputError
@@ -38,7 +38,7 @@ class Member:
     Attributes:
         role: parameter, buffer or constant.
         dim: number of the dimension.
-        made_of: the axes of the whole dimension; a product is row-major, a sum lies one behind the other.
+        made_of: the whole dimension in terms of groups; a product is row-major, the parts of a sum follow one another.
     """
 
     tensor: str
@@ -121,15 +121,15 @@ class Coupling:
     """Why two parameter dimensions are coupled, or that they are not.
 
     Attributes:
-        group: the name of the group that cuts both; "" where there is none.
-        steps: parameter dimensions and nodes from the first to the second; empty where `group` is.
+        groups: the names of the groups that cut both; empty where there are none.
+        steps: parameter dimensions and nodes from the first to the second; empty where `groups` is.
         of_first, of_second: the groups that cut each; empty where it stays whole.
         whole: for each dimension that stays whole the reason.
     """
 
     first: str
     second: str
-    group: str
+    groups: tuple[str, ...]
     steps: tuple[str, ...]
     of_first: tuple[str, ...]
     of_second: tuple[str, ...]
@@ -143,12 +143,13 @@ class Coupling:
 class Explainer:
     """Answers questions about one model, which is captured and analysed once.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
     >>> explainer = Explainer(net, (torch.randn(2, 8),))
-    >>> [(g.name, g.units, g.params) for g in explainer.explain().groups]
-    [('0.weight.0', 64, 13)]
-    >>> explainer.coupled("0.weight.0", "2.weight.1").steps[1]
-    'linear = aten.linear.default in 0'
+    >>> [(g.kind, g.units, g.params) for g in explainer.explain().groups]
+    [('hidden', 64, 13)]
+    >>> explainer.coupled("0.weight.0", "2.weight.1").steps[-1]
+    '2.weight, dimension 1'
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -198,12 +199,12 @@ class Explainer:
         ends = [self._dimension(label) for label in (first, second)]
         labels = [f"{name}.{dim}" for name, dim in ends]
         of = [tuple(g.name for g in self._groups if end in g.members) for end in ends]
-        common = next((name for name in of[0] if name in of[1]), "")
+        common = tuple(name for name in of[0] if name in of[1])
         steps = why_coupled(self._analysis, self._groups, *labels) if common else []
         return Coupling(
             first=labels[0],
             second=labels[1],
-            group=common,
+            groups=common,
             steps=tuple(_without_nowhere(shorten(s)) for s in steps),
             of_first=of[0],
             of_second=of[1],
@@ -225,12 +226,13 @@ class Explainer:
         if whole is not None:
             dims = [f"{whole}.{i} (size {size})" for i, size in enumerate(tensors[whole].shape)]
             raise InputError(f"'{label}' names no dimension of '{whole}'; it has {', '.join(dims) or 'none'}")
-        hint = nearest(name, list(self._analysis.tensors)) or "; `fxprune explain MODEL --json` lists the names"
-        raise InputError(f"the model uses no parameter '{name}'{hint}. A dimension is written conv1.weight.0")
+        hint = nearest(name, list(self._analysis.tensors)) or "; `fxprune explain MODEL --json` lists the names."
+        raise InputError(f"the model uses no parameter '{name}'{hint} A dimension is written conv1.weight.0")
 
     def _no_group(self, name: str) -> str:
-        owner = next((g.name for g in self._groups if name in (f"{t}.{d}" for t, d in g.members)), None)
-        hint = f"; this dimension is cut by '{owner}'" if owner else nearest(name, [g.name for g in self._groups])
+        owners = [g.name for g in self._groups if name in (f"{t}.{d}" for t, d in g.members)]
+        hint = f"; the groups that cut this dimension: {', '.join(owners)}" if owners else ""
+        hint = hint or nearest(name, [g.name for g in self._groups])
         return f"there is no group '{name}'{hint or '; `fxprune explain MODEL` lists them'}"
 
     def _group(self, group: Group) -> GroupInfo:
@@ -249,7 +251,17 @@ class Explainer:
         captured = self._analysis.captured
         tensor = captured.tensors[name]
         role = "constant" if name in captured.constants else _role(tensor)
-        return Member(name, dim, tensor.shape[dim], role, repr(self._analysis.tensors[name][dim]))
+        return Member(name, dim, tensor.shape[dim], role, self._formula(self._analysis.tensors[name][dim]))
+
+    def _formula(self, dim: Dim, within: bool = False) -> str:
+        """A dimension as products and sums of groups and sizes."""
+        if isinstance(dim, Axis):
+            return next((g.name for g in self._groups if g.axis is dim), dim.birth)
+        if isinstance(dim, Fixed):
+            return str(dim.size)
+        parts, sign = (dim.factors, " * ") if isinstance(dim, Product) else (dim.parts, " + ")
+        text = sign.join(self._formula(part, within=True) for part in parts)
+        return f"({text})" if within else text
 
     def _operators(self) -> tuple[OperatorInfo, ...]:
         counts: Counter[Any] = Counter()

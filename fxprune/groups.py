@@ -161,14 +161,14 @@ def dependency_graph(analysis: Analysis, groups: list[Group]) -> nx.Graph:
             graph.add_edge(("group", group.name), ("dimension", name, number))
     for node in analysis.captured.graph.nodes:
         for operand in node.all_input_nodes:
-            shared = carried[operand] & carried[node]
             if operand.op == "get_attr":
                 name = str(operand.target)
                 for i, dim in enumerate(analysis.tensors[name]):
                     for axis in atoms(dim):
                         _tie(graph, ("dimension", name, i), ("node", node.name), axis)
             else:
-                for axis in shared:
+                # Also those that the node does not pass on: a contraction is where two operands' dimensions meet.
+                for axis in carried[operand]:
                     _tie(graph, ("node", operand.name), ("node", node.name), axis)
     return graph
 

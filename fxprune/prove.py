@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Fixed
-from fxprune.capture import Captured, Varying, eval_with
+from fxprune.capture import Captured, ModelState, Varying, eval_with
 from fxprune.errors import ProofError
 from fxprune.groups import describe
 from fxprune.kept import Kept
@@ -105,7 +105,7 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
     if any(t.is_meta for t in [*captured.tensors.values(), *captured.inputs] if isinstance(t, Tensor)):
         return None
     args, kwargs = pytree.tree_unflatten(captured.inputs, captured.in_spec)
-    with torch.no_grad(), eval_with(model, {}):
+    with torch.no_grad(), eval_with(ModelState(model), {}):
         expected = pytree.tree_leaves(model(*args, **kwargs))
         actual = Reference(analysis, Kept({}), dense_weights(captured), None).run(captured.inputs)
     error = _difference([e if isinstance(a, Tensor) else None for e, a in zip(expected, actual, strict=True)], actual)

@@ -118,6 +118,8 @@ class Recorder(ProxyTorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            return self._view_in_place(func, args, kwargs)
         out = shortcut(func, args, kwargs)
         if out is None:
             with torch._C._DisablePythonDispatcher():
@@ -135,7 +137,7 @@ class Recorder(ProxyTorchDispatchMode):
         else:
             for i, t in enumerate(tensors):
                 if isinstance(t, Tensor):
-                    self._know(t, self._emit(operator.getitem, (node, i), {}, t), args)
+                    self._know(t, self._emit(operator.getitem, (node, i), {}, t), args, _piece(node, tensors, i))
         return out
 
     def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
@@ -157,12 +159,18 @@ class Recorder(ProxyTorchDispatchMode):
             return {k: self._as_nodes(v) for k, v in tree.items()}
         return tree
 
-    def _know(self, tensor: Tensor, node: fx.Node, args: tuple[Any, ...]) -> None:
+    def _know(
+        self,
+        tensor: Tensor,
+        node: fx.Node,
+        args: tuple[Any, ...],
+        view: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> None:
         value = _Value(tensor, node, self._versions.get(_storage(tensor), 0))
         base = args[0] if args and isinstance(args[0], Tensor) else None
         if base is not None and base is not tensor and _storage(base) == _storage(tensor):
             value.parent = self._values.get(id(base))
-            value.view = (node.target, node.args[1:], dict(node.kwargs))
+            value.view = view or (node.target, node.args[1:], dict(node.kwargs))
         self._values[id(tensor)] = value
         self._roots.setdefault(_storage(tensor), value)
 
@@ -170,14 +178,12 @@ class Recorder(ProxyTorchDispatchMode):
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Record `x.op_(...)` as `op(x, ...)` and let x, and what x is a view of, be the result from now on."""
         target = args[0]
-        packet = getattr(aten, func.overloadpacket.__name__.rstrip("_"), None)
-        name = func._overloadname
-        if func.namespace != "aten" or packet is None or name not in packet.overloads() or out is not target:
+        functional = _functional(func)
+        if functional is None or out is not target:
             raise CaptureError(
                 f"{func} writes in place and has no functional counterpart ({_source()}). "
                 "Replace it in the model by an operator that returns a new tensor."
             )
-        functional = getattr(packet, name)
         node = self._emit(functional, self._as_nodes(args), self._as_nodes(kwargs), target)
         storage = _storage(target)
         version = self._versions[storage] = self._versions.get(storage, 0) + 1
@@ -188,6 +194,26 @@ class Recorder(ProxyTorchDispatchMode):
                 value.parent.version = version  # its old content is what the view is scattered into
                 node = self._scatter(value.parent, value, node)
             value.version, value = version, value.parent
+
+    def _view_in_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record `x.t_()` as `x.t()`: x becomes a view of what it was, and other views of it stay as they are."""
+        target, functional = args[0], _functional(func)
+        if functional is None or functional.overloadpacket.__name__ not in _TURNS:
+            raise CaptureError(
+                f"{func} changes a tensor in place in a way that cannot be followed ({_source()}). "
+                "Replace it in the model by an operator that returns a new tensor."
+            )
+        self.node_of(target)
+        before = self._values[id(target)]
+        with torch._C._DisablePythonDispatcher():
+            before.tensor = aten.alias.default(target)
+            after = functional(*args, **kwargs)
+        node = self._emit(functional, self._as_nodes(args), self._as_nodes(kwargs), after)
+        with torch._C._DisablePythonDispatcher():
+            out = func(*args, **kwargs)
+        view = (functional, node.args[1:], dict(node.kwargs))
+        self._values[id(target)] = _Value(target, node, before.version, before, view)
+        return out
 
     def _fresh(self, value: _Value) -> fx.Node:
         """Return the value's node; derive a view anew where its base has been written to since it was taken."""
@@ -212,8 +238,15 @@ class Recorder(ProxyTorchDispatchMode):
         if name in ("slice", "select", "diagonal"):
             scatter = getattr(aten, f"{name}_scatter").default
             return self._emit(scatter, (self._fresh(parent), written, *args), kwargs, like)
-        if name in ("transpose", "t", "swapaxes"):
+        if name in ("transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"):
             return self._emit(target, (written, *args), kwargs, like)
+        if name in ("movedim", "moveaxis"):
+            return self._emit(target, (written, args[1], args[0]), kwargs, like)
+        if name == "narrow" and isinstance(args[1], int):
+            dim, start, length = args
+            start %= like.shape[dim]
+            scattered = (self._fresh(parent), written, dim, start, start + length)
+            return self._emit(aten.slice_scatter.default, scattered, kwargs, like)
         if name == "permute":
             order = [d % like.dim() for d in args[0]]
             return self._emit(aten.permute.default, (written, [order.index(i) for i in range(len(order))]), {}, like)
@@ -224,6 +257,36 @@ class Recorder(ProxyTorchDispatchMode):
         )
 
 
+def _functional(func: Any) -> Any:
+    """The operator that returns what `func` writes: the same name without its underscore, taking the same arguments."""
+    packet = getattr(aten, func.overloadpacket.__name__.rstrip("_"), None)
+    if func.namespace != "aten" or packet is None:
+        return None
+    taken = [(str(a.type), a.kwarg_only) for a in func._schema.arguments]
+    for name in sorted(packet.overloads(), key=lambda n: n != func._overloadname):
+        overload = getattr(packet, name)
+        if [(str(a.type), a.kwarg_only) for a in overload._schema.arguments] == taken:
+            return None if overload._schema.is_mutable else overload
+    return None
+
+
+def _piece(node: fx.Node, pieces: Sequence[Any], i: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """The i-th result of a split as a view of its own."""
+    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    place = 1 if name == "unbind" else 2
+    dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else 0)
+    if not isinstance(dim, int):
+        return None
+    if name == "unbind":
+        return aten.select.int, (dim, i), {}
+    if name not in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        return None
+    sizes = [int(p.shape[dim]) for p in pieces]
+    return aten.slice.Tensor, (dim, sum(sizes[:i]), sum(sizes[: i + 1])), {}
+
+
+#: Views that a tensor can be made of itself in place.
+_TURNS = {"t", "transpose", "swapaxes", "swapdims", "squeeze", "unsqueeze", "detach"}
 #: Views whose elements come in the order of their base.
 _KEEPS_ORDER = {
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "detach", "contiguous", "to"),

@@ -139,7 +139,7 @@ class _Rewriter:
     # ------------------------------------------------------------------ the walk
     def run(self) -> Rewritten:
         captured = self.analysis.captured
-        self._modules = dict(self.model.named_modules())
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self._last_input = self.nodes[node] = self.graph.placeholder(node.target)

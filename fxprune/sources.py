@@ -270,6 +270,9 @@ def _transformers(path: Path) -> Source:
         )
     with _offline():
         transformers = _package("transformers")
+        bars = transformers.utils.logging
+        shown = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(str(config_file), local_files_only=True)
             # A decoder's cache of keys and values is state between calls, and no tensor.
@@ -283,6 +286,9 @@ def _transformers(path: Path) -> Source:
             raise InputError(_cannot_import("transformers", error)) from error
         except Exception as error:  # a dozen kinds
             raise InputError(f"transformers cannot make hf:{path}: {type(error).__name__}: {error}") from error
+        finally:
+            if shown:
+                bars.enable_progress_bar()
     return Source(module, (), kwargs, notes)
 
 
@@ -387,7 +393,7 @@ def _where(error: BaseException, path: Path) -> str:
     """An exception in one line, with the last line of the user's file that it came through."""
     line, frame = None, error.__traceback__
     while frame is not None:
-        if Path(frame.tb_frame.f_code.co_filename) == path:
+        if Path(frame.tb_frame.f_code.co_filename).resolve() == path.resolve():
             line = frame.tb_lineno
         frame = frame.tb_next
     at = f" (line {line})" if line else ""
