@@ -92,7 +92,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     """The constructor arguments of a torch.nn layer, read off its attributes."""
     result = {}
     for name in inspect.signature(type(layer).__init__).parameters:
-        if name in ("self", "device", "dtype"):
+        if name in ("self", "device", "dtype") or name.startswith("_"):
             continue
         value = getattr(layer, name)
         result[name] = encode(value is not None if name == "bias" else value)
@@ -156,12 +156,12 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
     for name, tensor in tensors.items():
         owner = _owner(root, name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
         if name in trainable:
+            owner._buffers.pop(leaf, None)
             parameter = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=trainable[name]))
-            owner.register_parameter(leaf, parameter)
+            owner.register_parameter(leaf, parameter)  # in the place of the layer's own: their order stays
         else:
+            owner._parameters.pop(leaf, None)
             owner.register_buffer(leaf, tensor, persistent=name not in data["transient"])
     missing = [n for n, t in [*root.named_parameters(), *root.named_buffers()] if t.is_meta]
     if missing:

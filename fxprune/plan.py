@@ -35,12 +35,14 @@ class Plan:
         groups: every group that could have been cut.
         biases: names of biases that constants of removed units were folded into, in the emitted module.
         recipe: the recipe that it came from.
+        dynamic: input name -> dimension -> size name: what was dynamic when the model was captured.
     """
 
     kept: dict[str, dict[int, list[int]]]
     groups: list[GroupPlan] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, analysis: Analysis, groups: list[Group], kept: Kept, **extra: Any) -> Plan:
@@ -50,7 +52,11 @@ class Plan:
             for name, dims in analysis.tensors.items()
         }
         rows = [GroupPlan(g.name, g.kind, g.size, len(kept[g.axis]) if g.axis in kept else g.size) for g in groups]
-        return cls({n: t for n, t in table.items() if t}, rows, **extra)
+        dynamic: dict[str, dict[int, str]] = {}
+        for symbol in analysis.captured.symbols:
+            for name, dim in symbol.places:
+                dynamic.setdefault(name, {})[dim] = symbol.name
+        return cls({n: t for n, t in table.items() if t}, rows, dynamic=dynamic, **extra)
 
     def selection(self, analysis: Analysis) -> Kept:
         """Return the plan as kept indices of the axes of another capture of the same architecture.
@@ -100,6 +106,7 @@ class Plan:
                 groups=[GroupPlan(**g) for g in data["groups"]],
                 biases=list(data["biases"]),
                 recipe=dict(data["recipe"]),
+                dynamic={n: {int(d): str(s) for d, s in t.items()} for n, t in data["dynamic"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from fxprune import graphfile
 from fxprune.analyse import analyse
 from fxprune.capture import capture
-from fxprune.errors import SavedModelError
+from fxprune.errors import CaptureError, InputError, SavedModelError
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fxprune.api import Pruned
 
 WEIGHTS, GRAPH, PLAN = "weights.safetensors", "graph.json", "plan.json"
+FORMAT = 1
 
 
 def save(pruned: Pruned, directory: Path, overwrite: bool = False) -> Path:
@@ -38,24 +39,31 @@ def save(pruned: Pruned, directory: Path, overwrite: bool = False) -> Path:
     if directory.exists() and not (overwrite and (directory / PLAN).is_file()):
         what = "a saved model; pass overwrite=True" if (directory / PLAN).is_file() else "no saved model of fxprune"
         raise SavedModelError(f"'{directory}' exists and is {what}, or choose another name")
+    if directory.parent.exists() and not directory.parent.is_dir():
+        raise SavedModelError(f"'{directory}' cannot be written: '{directory.parent}' is not a directory")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
         raise SavedModelError(f"'{directory}' cannot be written: {error.strerror}") from error
+    new, old = work / "new", work / "old"
+    existed = directory.exists()
     try:
-        _write(pruned, partial)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.replace(directory)
+        new.mkdir()  # with the permissions of any new directory, which a temporary one does not have
+        _write(pruned, new)
+        if existed:
+            directory.rename(old)
+        new.rename(directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        what = "What was there before is unchanged" if existed else "Nothing is left under that name"
         raise SavedModelError(
-            f"'{directory}' was not written: {reason}. Nothing is left under that name; free some space or choose "
-            "another place"
+            f"'{directory}' was not written: {reason}. {what}; free some space or choose another place"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        shutil.rmtree(work, ignore_errors=True)
     return directory
 
 
@@ -78,6 +86,7 @@ def _write(pruned: Pruned, folder: Path) -> None:
     (folder / GRAPH).write_text(json.dumps(graphfile.write(module)))
     leaves, spec = pytree.tree_flatten((pruned.args, pruned.kwargs))
     plan = {
+        "format": FORMAT,
         "plan": json.loads(pruned.plan.to_json()),
         "report": pruned.report.to_json(),
         "aliases": aliases,
@@ -129,6 +138,13 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
 
     folder = Path(directory)
     data = _read_json(folder, PLAN)
+    if "format" not in data:
+        raise SavedModelError(f"'{folder / PLAN}' is not what fxprune writes. Save the model again")
+    if data["format"] != FORMAT:
+        raise SavedModelError(
+            f"'{folder / PLAN}' was written in format {data['format']}; this fxprune reads {FORMAT}. Update fxprune, or "
+            "save the model again"
+        )
     try:
         for name, checksum in data["sha256"].items():
             if _checksum(_file(folder, name)) != checksum:
@@ -141,7 +157,10 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
         args, kwargs = pytree.tree_unflatten(
             [_example(leaf) for leaf in data["inputs"]["leaves"]], graphfile._spec(data["inputs"]["spec"])
         )
-        plan = Plan.from_json(data["plan"])
+        try:
+            plan = Plan.from_json(data["plan"])
+        except SavedModelError as error:
+            raise SavedModelError(f"'{folder / PLAN}' is altered: {error}. Save the model again") from error
         if model is None:
             module = graphfile.read(_read_json(folder, GRAPH), tensors, data["trainable"])
         else:
@@ -155,7 +174,10 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
 def _replay(
     model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: dict[str, Tensor]
 ) -> fx.GraphModule:
-    analysis = analyse(capture(model, args, kwargs))
+    try:
+        analysis = analyse(capture(model, args, kwargs, plan.dynamic or False))
+    except (CaptureError, InputError) as error:
+        raise SavedModelError(f"the model does not run on the inputs that the plan was made for: {error}") from error
     biases = {name: torch.zeros_like(tensors[name]) for name in plan.biases}
     module = rewrite(analysis, plan.selection(analysis), model, biases).module
     own = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:(var|std)\(\). degrees of freedom is <= 0"),  # one unit is left
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # torch.backends.mkldnn.flags
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Work with one thread: the models are so small that a second one only gets in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _marked(s: Sample) -> Any:

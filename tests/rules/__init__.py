@@ -4,8 +4,8 @@ A sample is one line of a table, a function of a `Net` (which makes layers as th
 
     sample(aten.glu.default, lambda net, x: net.linear(aten.glu.default(net.linear(x, 12)), 3), groups=[6])
 
-It says which operators it is for, and the sizes of the groups that must be found, so that a rule that gives up too early
-fails as surely as one that claims too much.
+It says which operators it is for, and the sizes of the groups that must be found, so that a rule that gives up too
+early fails as surely as one that claims too much.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def sample(
     note: str = "",
     xfail: str = "",
 ) -> Sample:
-    """Return a sample for one operator or a list of them; its input is normal with `shape` behind the batch, (5,) if none."""
+    """Return a sample for one operator or several; its input is normal, with `shape` behind the batch, (5,) if none."""
     targets = tuple(targets) if isinstance(targets, list) else (targets,)
     name = "+".join(str(t).removeprefix("aten.") for t in targets) + (f"-{note}" if note else "")
 

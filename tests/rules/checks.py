@@ -1,4 +1,4 @@
-"""What must hold for any model: what is emitted equals the masked model, and groups are neither too small nor too large."""
+"""What must hold for any model: what is emitted equals the masked model, groups are neither too small nor too large."""
 
 from __future__ import annotations
 
@@ -92,19 +92,21 @@ def check_captured(model: nn.Module, analysis: Analysis, inputs: tuple[Any, ...]
     assert close(expected, actual, 1e-4), "the captured graph does not compute what the model computes"
 
 
-def check_emitted(model: nn.Module, analysis: Analysis, kept: Kept, other: tuple[Any, ...]) -> None:
+def check_emitted(
+    model: nn.Module, analysis: Analysis, kept: Kept, other: tuple[Any, ...], tolerance: float = 1e-3
+) -> None:
     """Check that what is emitted is proved, and that it runs as it is on inputs of another batch size."""
     pruned = rewrite(analysis, kept, model)
     prove(analysis, kept, pruned, level="full")
     with torch.no_grad():
         actual = pytree.tree_leaves(pruned.module(*other))
         expected = Reference(analysis, kept, own_weights(analysis), torch.float32).run(list(other))
-    assert close(expected, actual, 1e-3), "on another batch size the emitted module differs from the masked model"
+    assert close(expected, actual, tolerance), "on another batch size the emitted module differs from the masked model"
 
 
 # ---------------------------------------------------------------------- permutations
 def arranged(dim: Dim, axis: Axis, order: Order) -> Order:
-    """Return the positions of a dimension, in the order they come in when the indices of `axis` are put into `order`."""
+    """Return the positions of a dimension in the order they come in when the indices of `axis` come in `order`."""
     size = size_of(dim)
     assert isinstance(size, int)
     if dim is axis:
@@ -152,8 +154,8 @@ def check_permutation(analysis: Analysis, groups: list[Group], inputs: Inputs, s
 def check_members(analysis: Analysis, groups: list[Group], inputs: Inputs, seed: int) -> None:
     """Permuting a part of a group's occurrences changes the outputs: then all of it has to be cut together.
 
-    An occurrence is one place of the group in one dimension of one tensor. Those whose values do not matter at all (other
-    random values leave the outputs as they are) are left out, for then their order does not matter either.
+    An occurrence is one place of the group in one dimension of one tensor. Those whose values do not matter at all
+    (other random values leave the outputs as they are) are left out, for then their order does not matter either.
     """
     before = dense(analysis, inputs)
     rng = np.random.default_rng(seed)
@@ -168,7 +170,7 @@ def check_members(analysis: Analysis, groups: list[Group], inputs: Inputs, seed:
         places = [p for p in places if not close(before, _changed(analysis, inputs, [p], None, rng), 1e-9)]
         for part in _parts(places):
             assert not close(before, _changed(analysis, inputs, part, order, rng), 1e-9), (
-                f"permuting {', '.join(f'dimension {d} of {n}' for n, d, _ in part)} alone does not change the outputs: "
+                f"permuting {', '.join(f'{n}.{d}' for n, d, _ in part)} alone does not change the outputs: "
                 f"the group {group.name} need not hold it together with the rest"
             )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rules import Net, aten, sample
 from torch import Tensor
+
+from rules import Net, aten, sample
 
 ATTENTION = aten.scaled_dot_product_attention.default
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rules import Net, Sample, aten, sample
 from torch import Tensor
+
+from rules import Net, Sample, aten, sample
 
 
 def _convolution(rank: int, options: dict[str, Any], groups: list[int], note: str, inner: int = 8) -> Sample:

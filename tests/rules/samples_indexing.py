@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rules import Net, aten, sample
 from torch import Tensor
+
+from rules import Net, aten, sample
 
 
 def _integers(high: int, *shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -96,7 +97,6 @@ SAMPLES = [
         *(4, 5),
         groups=[8],
         note="made in forward",
-        xfail="a tensor made from numbers in forward cannot be captured twice",
     ),
     sample(
         aten.gather.default,

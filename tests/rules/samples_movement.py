@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rules import Net, Sample, aten, sample
 from torch import Tensor
+
+from rules import Net, Sample, aten, sample
 
 
 def _hidden(net: Net, x: Tensor, out: int = 8) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rules import Net, Sample, aten, sample
 from torch import Tensor, nn
+
+from rules import Net, Sample, aten, sample
 
 
 def _image(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rules import Net, Sample, aten, sample
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune import rules as table
 from fxprune.rules import RULES
 from fxprune.rules.pointwise import pointwise, type_as
+from rules import Net, Sample, aten, sample
 
 table.load()
 
@@ -34,8 +34,18 @@ DOMAINS = {
 }
 #: Values of arguments that are no tensors and have no default, or whose default would show nothing.
 VALUES: dict[Any, Any] = {
-    **{"p": 0.5, "train": False, "rounding_mode": "floor", "decimals": 1, "threshold": 0.1, "min": -0.3, "max": 0.4},
-    **{"dtype": torch.float32, "device": torch.device("cpu"), "alpha": 2, "generator": None, "fill_value": 0.7},
+    "alpha": 2,
+    "decimals": 1,
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "fill_value": 0.7,
+    "generator": None,
+    "max": 0.4,
+    "min": -0.3,
+    "p": 0.5,
+    "rounding_mode": "floor",
+    "threshold": 0.1,
+    "train": False,
     ("bernoulli", "p"): 1.0,
     ("clamp", "min"): -0.3,
 }
@@ -112,7 +122,7 @@ def _sample(target: Any, broadcast: bool = False) -> Sample:
 
 
 _TARGETS = [t for t, r in RULES.items() if r.infer in (pointwise, type_as)]
-SAMPLES = [_sample(t) for t in _TARGETS]
+SAMPLES = [_sample(t) for t in _TARGETS if t is not aten.feature_dropout.default]
 SAMPLES += [
     _sample(t, True)
     for t in (aten.add.Tensor, aten.mul.Tensor, aten.where.self, aten.lerp.Tensor, aten.maximum.default)
@@ -135,5 +145,11 @@ SAMPLES += [
         lambda net, x: net.linear(aten.add.Tensor(net.linear(x, 5), x), 3),
         groups=[],
         note="input",
+    ),
+    sample(
+        aten.feature_dropout.default,
+        lambda net, x: net.conv(net.layer(lambda: nn.Dropout2d(0.5))(net.conv(x, 8).sin()), 3),
+        *(2, 4, 4),
+        groups=[8],
     ),
 ]

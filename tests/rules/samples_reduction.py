@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rules import Net, Sample, aten, sample
 from torch import Tensor
+
+from rules import Net, Sample, aten, sample
 
 Step = Callable[[Tensor], Any]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rules import Net, Sample, aten, sample
 from torch import Tensor
+
+from rules import Net, Sample, aten, sample
 
 
 def _image(target: Any, rank: int, *args: Any, note: str = "") -> Sample:
