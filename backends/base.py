@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ def inference_copy(module: nn.Module) -> nn.Module:
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     try:
-        return copy.deepcopy(module, shared).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # copyreg about torch's own pytree specifications
+            return copy.deepcopy(module, shared).eval()
     except Exception as error:
         raise BackendError(
             f"{type(module).__name__} cannot be copied: {error}. Tensors computed by an earlier forward pass and kept "

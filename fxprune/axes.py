@@ -242,7 +242,7 @@ class Axes:
         """Return a new axis. A single index cannot be removed, nor can a size that varies: those are fixed."""
         if isinstance(size, tuple):
             return Fixed(size, f"{birth} has a dynamic size")
-        return Axis(size, birth) if size > 1 else Fixed(size, birth)
+        return Axis(size, birth) if size > 1 else Fixed(size, "a single index cannot be removed")
 
     def resolve(self, dim: Dim) -> Dim:
         """Return what the dimension has become after all unifications so far."""

@@ -443,13 +443,23 @@ def _explain(model: nn.Module, error: Exception) -> str:
         else ""
     )
     text = str(error).strip().splitlines()
-    return (
+    message = (
         f"the forward pass of {type(model).__name__} cannot be recorded: "
         f"{type(error).__name__}: {text[0] if text else ''}{where}\n"
-        "  Shapes are known there, values are not: a branch on a tensor's value, `.item()` or `.numpy()` cannot be "
-        "followed. "
-        "Check that the model runs on the example inputs; if it does, move that line out of `forward`."
     )
+    if type(error).__name__ in _NEEDS_VALUES or ".numpy()" in str(error):
+        return message + (
+            "  Shapes are known there, values are not: a branch on a tensor's value, `.item()` or `.numpy()` cannot be "
+            "followed. Move that line out of `forward`."
+        )
+    return message + "  Check that the model runs on the example inputs."
+
+
+#: What torch raises where code asks a fake tensor for a value.
+_NEEDS_VALUES = {
+    *("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode"),
+    *("UnsupportedFakeTensorException", "UnsupportedOperatorException"),
+}
 
 
 def _shape(node: fx.Node) -> None:

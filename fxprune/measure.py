@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.backends import BACKENDS
-from fxprune.backends.timing import compare
+from fxprune.backends.timing import LEAST_REPEATS, compare
+from fxprune.errors import InputError
 from fxprune.report import Latency, Pair
 
 
@@ -26,7 +27,10 @@ def measure(
 
     Raises:
         BackendError: the backend is missing, or one of the two cannot be built.
+        InputError: too few rounds for an interval.
     """
+    if rounds < LEAST_REPEATS:
+        raise InputError(f"{rounds} rounds allow no 95 % interval; take {LEAST_REPEATS} or more")
     chosen = BACKENDS[backend]
     count = threads or torch.get_num_threads()
     runners = {

@@ -216,8 +216,7 @@ class _Double(fx.Interpreter):
 
     def run(self, inputs: list[Any], **_: Any) -> list[Any]:  # type: ignore[override]
         """Return the flat outputs for flat inputs."""
-        with torch.backends.mkldnn.flags(enabled=self.dtype != torch.float64):
-            result: list[Any] = super().run(*map(self.up, inputs), enable_io_processing=False)
+        result: list[Any] = super().run(*map(self.up, inputs), enable_io_processing=False)
         return result
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -122,8 +122,8 @@ def _sentence(error: Any) -> str:
     where = [str(p) for p in error["loc"] if p not in ("str", "dict[str,any]")]
     if error["type"] == "extra_forbidden":
         known = list((Target if where[:-1] else Recipe).model_fields)
-        return f"there is no key '{'.'.join(where)}'{nearest(where[-1], known).rstrip()}" + (
-            "" if nearest(where[-1], known) else f". Known: {', '.join(known)}"
+        return f"there is no key '{'.'.join(where)}'" + (
+            nearest(where[-1], known) or f". Known: {', '.join(known)}"
         )
     message = error["msg"].removeprefix("Value error, ")
     return f"{'.'.join(where) or 'target'}: {message} (given: {error['input']!r})"

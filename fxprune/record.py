@@ -11,6 +11,7 @@ In-place operators are recorded as their functional counterparts, through views 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import sys
@@ -107,7 +108,7 @@ class Recorder(ProxyTorchDispatchMode):
         """Return the get_attr node of `name`, one for the whole graph, placed before all operators."""
         node = self._attributes.get(name)
         if node is None:
-            with self.graph.inserting_before(self._first):
+            with self.graph.inserting_before(self._first) if self._first else contextlib.nullcontext():
                 node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
             node.meta["val"] = tensor
             self._attributes[name] = node

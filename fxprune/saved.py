@@ -142,8 +142,8 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
         raise SavedModelError(f"'{folder / PLAN}' is not what fxprune writes. Save the model again")
     if data["format"] != FORMAT:
         raise SavedModelError(
-            f"'{folder / PLAN}' was written in format {data['format']}; this fxprune reads {FORMAT}. Update fxprune, or "
-            "save the model again"
+            f"'{folder / PLAN}' was written in format {data['format']}; this fxprune reads {FORMAT}. Update fxprune, "
+            "or save the model again"
         )
     try:
         for name, checksum in data["sha256"].items():

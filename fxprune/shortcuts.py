@@ -58,8 +58,9 @@ def shortcut(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _direct(func: Any, args: tuple[Any, ...]) -> Any:
     """Run the operator's meta kernel, without the fake mode's caches and checks around it."""
-    tensors = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
-    if not tensors or not all(isinstance(t, FakeTensor) and t.fake_device == tensors[0].fake_device for t in tensors):
+    operands = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(a, Tensor)]
+    tensors = [t for t in operands if isinstance(t, FakeTensor)]
+    if not tensors or len(tensors) < len(operands) or any(t.fake_device != tensors[0].fake_device for t in tensors):
         return None
     mode, device = tensors[0].fake_mode, tensors[0].fake_device
     with in_kernel_invocation_manager(mode):

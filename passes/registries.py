@@ -83,7 +83,7 @@ def with_options(function: Callable[..., Any], setting: str | Mapping[str, Any],
     for option in options:
         if option not in known:
             raise RecipeError(
-                f"{what} '{setting['name']}' has no option '{option}'{nearest(option, known)} "
+                f"{what} '{setting['name']}' has no option '{option}'{nearest(option, known) or '.'} "
                 f"Known: {', '.join(known) or 'none'}"
             )
     return functools.partial(function, **options)

@@ -1,4 +1,4 @@
-"""Saved models: what is loaded is what was saved, whatever is wrong with a directory is said, failures leave no traces."""
+"""Saved models: what is loaded is what was saved, what is wrong with a directory is said, failures leave no traces."""
 
 from __future__ import annotations
 
@@ -547,11 +547,9 @@ def test_a_full_disk_leaves_nothing(
     if existing:
         compiled("frozen").save(directory)
         before = {p.name: p.read_bytes() for p in directory.iterdir()}
-    calls: list[Path] = []
     rename = Path.rename
 
     def second(path: Path, target: Path) -> Path:
-        calls.append(path)
         return _no_space() if path.name == "new" else rename(path, target)
 
     if where == "second rename":

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rules import Net, aten, sample
 
+MERGED = "the masked reference cannot mask a dimension that holds the batch and an axis"
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -45,6 +46,14 @@ def _one_head(net: Net, x: Tensor) -> Tensor:
     return net.linear(ATTENTION(net.linear(x, 4), net.linear(x, 4), net.linear(x, 7)), 3)
 
 
+def _layer(net: Net, x: Tensor, weights: bool) -> Tensor:
+    """torch's own layer, which merges batch and heads into one dimension on its way."""
+    y = net.linear(x, 8)
+    return net.linear(
+        net.layer(lambda: nn.MultiheadAttention(8, 4, batch_first=True))(y, y, y, need_weights=weights)[0], 3
+    )
+
+
 SAMPLES = [
     sample(ATTENTION, _separate, 6, 5, groups=[4, 3, 5], note="separate"),
     sample(ATTENTION, lambda net, x: _separate(net, x, is_causal=True), 6, 5, groups=[4, 3, 5], note="causal"),
@@ -59,5 +68,7 @@ SAMPLES = [
     sample(ATTENTION, _masked, 6, 5, groups=[4, 3, 5], note="bias"),
     sample(ATTENTION, _fused, 6, 5, groups=[4, 2], note="fused"),
     sample(ATTENTION, _grouped, 6, 5, groups=[2, 3, 5], note="grouped"),
+    sample(ATTENTION, lambda net, x: _layer(net, x, False), 6, 5, groups=[8, 4, 2, 8], note="layer", xfail=MERGED),
+    sample([], lambda net, x: _layer(net, x, True), 6, 5, groups=[8, 4, 2, 8], note="layer with weights", xfail=MERGED),
     sample(ATTENTION, _one_head, 6, 5, groups=[4, 7], note="one head"),
 ]
