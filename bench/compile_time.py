@@ -1,24 +1,27 @@
-"""Compile time beside Torch-Pruning, on the same models in the same run: `python -m bench.compile_time`.
+"""`python -m bench.compile_time`: the time and memory that compiling takes, next to Torch-Pruning on the same models.
 
-Both prune to half by magnitude. fxprune's time is the whole of `compile`, with the proof at its cheapest setting;
-Torch-Pruning's is its dependency graph and one pruning step (it checks no output). The two take turns; the first turn
-is thrown away, medians are printed. Memory is measured in a process of its own.
+Both prune by magnitude, in turns within one process for each model; the first round is thrown away. fxprune's time is
+that of the whole `compile` with the quick proof; Torch-Pruning's is that of building its graph and pruning, without the
+copy of the model that it needs because it prunes in place. Peak memory is measured apart, in a process of its own for
+each tool and model: the most that was resident while it ran less what was resident before, in units of the model's
+weights.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
+import importlib
 import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -27,114 +30,169 @@ from bench import machine
 from bench.models import MODELS, TIMED
 from bench.peers import torch_pruning
 
-#: The stages that a report times.
 STAGES = ("capture", "analyse", "choose", "rewrite", "prove")
+SHARE = 0.5
+#: The share of every layer's channels that Torch-Pruning removes: about what leaves half of the multiply-accumulates.
+RATIO = 0.3
+TOOLS = ("fxprune", "torch_pruning")
+RESULTS = Path(__file__).parent / "results"
+STATUS = Path("/proc/self/status")
 
 
-def compile_once(model: nn.Module, inputs: Any) -> dict[str, float]:
-    """Return the seconds of one compilation by stage, and of all of it."""
+def run_fxprune(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """Return the seconds of one whole `compile` and of each stage."""
     start = time.perf_counter()
-    pruned = fxprune.compile(model, inputs, target={"macs": 0.5}, proof="quick")
-    return {**pruned.report.seconds, "total": time.perf_counter() - start, "macs": pruned.report.macs.ratio}
+    pruned = fxprune.compile(model, inputs, target={"macs": SHARE}, proof="quick")
+    return {"whole": time.perf_counter() - start, **pruned.report.seconds}
 
 
-def peer_once(model: nn.Module, inputs: Any) -> float | None:
-    """Return Torch-Pruning's seconds, or None where it fails."""
-    try:
-        return torch_pruning.prune(model, inputs, 0.5, limit=120.0).seconds
-    except Exception:  # whatever it fails with is not ours to judge: the table says that it failed
-        return None
+def run_torch_pruning(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """Return the seconds that Torch-Pruning took."""
+    return {"whole": torch_pruning.prune(model, inputs, ratio=RATIO).seconds}
+
+
+RUN = {"fxprune": run_fxprune, "torch_pruning": run_torch_pruning}
 
 
 def time_model(name: str, repeats: int) -> dict[str, Any]:
-    """Return medians for one model."""
-    model = MODELS[name].make(full=True)
-    inputs = MODELS[name].example(batch=1, full=True)
-    ours: list[dict[str, float]] = []
-    theirs: list[float | None] = []
-    for _ in track(range(repeats + 1), name, console=Console(stderr=True), transient=True):
-        ours.append(compile_once(model, inputs))
-        theirs.append(peer_once(model, inputs))
-    seconds = {key: statistics.median(run[key] for run in ours[1:]) for key in (*STAGES, "total")}
-    peer = [t for t in theirs[1:] if t is not None]
-    return {
-        "model": name,
-        "fxprune": seconds,
-        "macs_ratio": ours[0]["macs"],
-        "torch_pruning": statistics.median(peer) if peer else None,
-        "ratio": seconds["total"] / statistics.median(peer) if peer else None,
-        "extra_memory": extra_memory(name),
-    }
+    """Time both tools in turns on one model; return each one's seconds by stage, one number a round.
 
-
-def extra_memory(name: str) -> float | None:
-    """Return the peak of extra memory during a compilation, in units of the weights' size; None without /proc."""
-    if not Path("/proc/self/status").exists():
-        return None
-    command = [sys.executable, "-W", "ignore", "-m", "bench.compile_time", "--memory", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def measure_memory(name: str) -> float:
-    """Compile once in this process and return (peak - resident before) / bytes of the weights.
-
-    A compilation of another, tiny model comes first, so that code and thread pools are not counted.
+    A tool that fails has an `error` instead.
     """
-    small = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
-    fxprune.compile(small, torch.randn(1, 3, 16, 16), target={"macs": 0.5}, proof="quick")
-    model = MODELS[name].make(full=True)
-    inputs = MODELS[name].example(batch=1, full=True)
-    with torch.no_grad():
-        model(*inputs)  # activations of one forward pass are the model's own need
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
-    before = _kilobytes("VmRSS")
-    pruned = fxprune.compile(model, inputs, target={"macs": 0.5}, proof="quick")
-    del pruned
-    return (_kilobytes("VmHWM") - before) * 1024 / weights
+    model, inputs = MODELS[name].make(full=True), MODELS[name].example(batch=1, full=True)
+    samples: dict[str, list[dict[str, float]]] = {tool: [] for tool in TOOLS}
+    errors: dict[str, str] = {}
+    for turn in range(repeats + 1):
+        for tool in TOOLS if turn % 2 else reversed(TOOLS):
+            if tool in errors:
+                continue
+            gc.collect()
+            try:
+                seconds = RUN[tool](model, inputs)
+            except Exception as error:  # a tool that cannot prune a model is a result, not a reason to stop
+                errors[tool] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            if turn:
+                samples[tool].append(seconds)
+    return {tool: {"error": errors[tool]} if tool in errors else {"seconds": _columns(samples[tool])} for tool in TOOLS}
 
 
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return the results as a table; times are medians in seconds."""
-    result = Table(title="Seconds to prune to half by magnitude", title_justify="left", caption=machine.stamp())
+# ---------------------------------------------------------------------- memory
+def _status(field: str) -> int:
+    """Return a field of the kernel's account of this process, in bytes."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"{STATUS} has no {field}")
+
+
+def peak_memory(name: str, tool: str) -> dict[str, float]:
+    """Return the bytes of the weights, and of what was resident at the peak of one run beyond what was before it.
+
+    To be called once in a fresh process. Libraries that are loaded on first use are loaded before, by pruning a model
+    of three layers.
+    """
+    warm = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    RUN[tool](warm, (torch.zeros(1, 3, 8, 8),))
+    model, inputs = MODELS[name].make(full=True), MODELS[name].example(batch=1, full=True)
+    with torch.inference_mode():  # what one forward pass leaves behind in caches is not the tool's
+        model(*inputs)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    before = _status("VmRSS")
+    RUN[tool](model, inputs)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    return {"weights": weights, "peak": _status("VmHWM") - before}
+
+
+# ---------------------------------------------------------------------- one process for each model
+def _child(*arguments: str) -> Any:
+    """Run this program on one model in a process of its own and return what it printed last, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    """Return times and peak memory of both tools on one model."""
+    result: dict[str, Any] = _child("--models", name, "--repeats", str(repeats), "--worker", "time")
+    for tool in TOOLS:
+        if STATUS.exists() and "error" not in result.get(tool, {"error": ""}):
+            result[tool]["memory"] = _child("--models", name, "--worker", tool)
+    return result
+
+
+def _median(row: dict[str, Any], stage: str) -> float | None:
+    values = row.get("seconds", {}).get(stage)
+    return statistics.median(values) if values else None
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    memory = row.get("memory", {})
+    return f"{memory['peak'] / memory['weights']:.2f}" if "peak" in memory else "-"
+
+
+def table(models: dict[str, Any], repeats: int) -> Table:
+    """Return the results as a rich table; seconds are medians."""
+    result = Table(title=f"Compile time in seconds, median of {repeats}; peak memory in units of the weights")
     result.add_column("model")
-    for column in ("analysis", "capture", "choose", "rewrite", "prove", "fxprune", "Torch-Pruning", "ratio", "memory"):
+    for column in ("fxprune", "Torch-Pruning", "ratio", *STAGES, "memory", "memory T-P"):
         result.add_column(column, justify="right")
-    for row in rows:
-        times = row["fxprune"]
+    for name, row in models.items():
+        own, other = row.get("fxprune", {}), row.get("torch_pruning", {})
+        whole, theirs = _median(own, "whole"), _median(other, "whole")
         result.add_row(
-            row["model"],
-            f"{times['analyse']:.3f}",
-            *(f"{times[stage]:.2f}" for stage in ("capture", "choose", "rewrite", "prove", "total")),
-            f"{row['torch_pruning']:.2f}" if row["torch_pruning"] else "fails",
-            f"{row['ratio']:.2f}" if row["ratio"] else "",
-            f"{row['extra_memory']:.2f} x" if row["extra_memory"] is not None else "",
+            name,
+            _seconds(whole) if whole is not None else "fails",
+            _seconds(theirs) if theirs is not None else "fails",
+            f"{theirs / whole:.1f} x" if whole and theirs else "-",
+            *(_seconds(_median(own, stage)) for stage in STAGES),
+            _memory(own),
+            _memory(other),
         )
     return result
 
 
-def main() -> None:
-    """Run the benchmark, print its table, write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(TIMED), choices=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/compile_time.json"))
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        print(measure_memory(options.memory))
+def main(
+    models: Annotated[str, typer.Option(help="names of bench.models, with commas between")] = ",".join(TIMED),
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that count")] = 5,
+    file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "compile_time.json",
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Time fxprune and Torch-Pruning on the same models and print a table."""
+    names = models.split(",")
+    unknown = sorted(set(names) - set(MODELS))
+    if unknown:
+        raise typer.BadParameter(f"unknown models {', '.join(unknown)}; known: {', '.join(MODELS)}")
+    if worker is not None:
+        print(json.dumps(time_model(names[0], repeats) if worker == "time" else peak_memory(names[0], worker)))
         return
-    rows = [time_model(name, options.repeats) for name in options.models]
-    Console(width=120).print(table(rows))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1) + "\n")
+    importlib.import_module("torch_pruning")  # say at once that it is missing, not once for each model
+    console = Console()
+    results = {}
+    for name in names:
+        with console.status(name):
+            results[name] = measure(name, repeats)
+        for tool in TOOLS:
+            if "error" in (row := results[name].get(tool, results[name])):
+                console.print(f"{tool} fails on {name}: {row['error']}", markup=False)
+    console.print(table(results, repeats))
+    console.print(machine.stamp(), style="dim", highlight=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine.describe(), "repeats": repeats, "share": SHARE, "ratio": RATIO, "models": results}
+    file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

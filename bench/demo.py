@@ -1,4 +1,4 @@
-"""`python -m bench.demo`: two real models pruned in front of your eyes, with what it costs in accuracy and brings in time.
+"""`python -m bench.demo`: two real models pruned before your eyes, what that costs in accuracy and brings in time.
 
 - all-MiniLM-L6-v2, a pretrained sentence encoder, on sentences from the standard library's docstrings: no data is used
   for pruning it and nothing is trained afterwards
@@ -49,14 +49,14 @@ class Settings:
     """
 
     shares: tuple[float, ...] = (0.9, 0.75, 0.5)
-    sentences: int = 128
+    sentences: int = 96
     batch: int = 8
     length: int = 128
-    epochs: int = 6
+    epochs: int = 5
     more: int = 3
     widths: tuple[int, int, int] = (32, 64, 128)
     images: int = 64
-    rounds: int = 20
+    rounds: int = 15
 
 
 @contextmanager
@@ -80,11 +80,23 @@ def speed(faster: Interval) -> str:
     return f"{faster.median:.2f} x ({faster.low:.2f}-{faster.high:.2f})"
 
 
+def count(number: float) -> str:
+    """Return a number of parameters or multiply-accumulates in three digits.
+
+    >>> count(22_565_376), count(1_682_522_112), count(950)
+    ('22.6 M', '1.68 G', '950')
+    """
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:#.3g} {name}"
+    return f"{number:.0f}"
+
+
 def timed(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int) -> Comparison:
     """Build all models on onnxruntime and time them in turns; the first is what the others are compared with."""
     backend = BACKENDS[BACKEND]
     runners = {name: backend.build(model, inputs, threads=THREADS) for name, model in models.items()}
-    calls = {name: lambda runner=runner: runner.run(*inputs) for name, runner in runners.items()}  # type: ignore[misc]
+    calls = {name: lambda runner=runner: runner.run(*inputs) for name, runner in runners.items()}  # type: ignore[misc, unused-ignore]
     return compare(calls, reference=next(iter(models)), repeats=rounds, warmup=2)
 
 
@@ -118,8 +130,9 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
     """Prune MiniLM to each share of its work; print the table, keep the smallest, return its ONNX file."""
     console.rule("all-MiniLM-L6-v2, pruned by magnitude")
     console.print(
-        "A pretrained sentence encoder. Channels with small weights go: no data, no calibration, no training afterwards.\n"
-        "What that costs is the cosine similarity of each embedding to the dense model's."
+        "A pretrained sentence encoder. Channels, heads and hidden units with small weights go: no data, no "
+        "calibration, no training afterwards. What that costs shows in the cosine similarity of each embedding to the "
+        "dense model's."
     )
     dense = minilm.encoder()
     sentences = minilm.sentences(settings.sentences)
@@ -127,7 +140,9 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
     sizes = {0: "batch", 1: "sequence"}
     pruned = {}
     for share in settings.shares:
-        with console.status(f"pruning to {share:.0%} of the multiply-accumulates") if console.is_terminal else _nothing():
+        with (
+            console.status(f"pruning to {share:.0%} of the multiply-accumulates") if console.is_terminal else _nothing()
+        ):
             pruned[share] = fxprune.compile(
                 dense,
                 inputs,
@@ -144,25 +159,24 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
         f"{THREADS} threads, {settings.rounds} rounds",
         title_justify="left",
     )
-    table.add_column("kept MACs")
-    for column in ("MACs", "parameters", "mean cosine to dense", "ms", "speed-up (95 %)"):
+    for column in ("MACs", "of dense", "parameters", "mean cosine", "ms", "speed-up (95 %)"):
         table.add_column(column, justify="right")
     report = pruned[settings.shares[0]].report
     ms = latency.latencies["dense"].median * 1e3
-    table.add_row("dense", f"{report.macs.dense:,.0f}", f"{report.params.dense:,.0f}", "1.000", f"{ms:.1f}", "")
+    table.add_row(count(report.macs.dense), "1.000", count(report.params.dense), "1.000", f"{ms:.1f}", "")
     for share, result in pruned.items():
         table.add_row(
+            count(result.report.macs.pruned),
             f"{result.report.macs.ratio:.3f}",
-            f"{result.report.macs.pruned:,.0f}",
-            f"{result.report.params.pruned:,.0f}",
+            count(result.report.params.pruned),
             f"{cosines[share]:.3f}",
             f"{latency.latencies[str(share)].median * 1e3:.1f}",
             speed(latency.ratio(str(share))),
         )
     console.print(table)
     console.print(
-        "Magnitude alone, without calibration or training, costs much accuracy: take these embeddings for a starting "
-        "point\nof fine-tuning, not for a finished model. Most of the parameters are the vocabulary, which stays whole."
+        "Magnitude alone, without calibration or training, costs much accuracy: these encoders are where fine-tuning "
+        "starts, not finished models. Half of the parameters are the vocabulary, which stays whole."
     )
     return keep(pruned[min(pruned)], out, "minilm", console)
 
@@ -199,7 +213,7 @@ def prune_resnet(console: Console, out: Path, settings: Settings, data: digits.D
         table.add_column(column, justify="right")
     table.add_row("accuracy", *(f"{value:.1%}" for value in accuracies))
     for name, pair in (("parameters", report.params), ("MACs", report.macs)):
-        table.add_row(name, f"{pair.dense:,.0f}", f"{pair.pruned:,.0f}", f"{pair.pruned:,.0f}")
+        table.add_row(name, count(pair.dense), *[count(pair.pruned)] * 2)
     table.add_row("ms", f"{latency.milliseconds.dense:.2f}", "", f"{latency.milliseconds.pruned:.2f}")
     table.add_row("speed-up (95 %)", "", "", speed(Interval(latency.speedup, *latency.interval)))
     console.print(table)

@@ -7,7 +7,6 @@ random weights; nothing is downloaded.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -209,7 +208,9 @@ _ALL = [
     _configured("distilbert", "DistilBertForSequenceClassification", _TEXT, _tokens(True, 100, 30522), **_DISTILBERT),
     _configured("gpt2", "GPT2LMHeadModel", _TEXT, _tokens(True, 100, 50257), **_GPT2),
     _configured("llama", "LlamaForCausalLM", _TEXT, _tokens(True, 100, 32000), **_LLAMA),
-    _configured("t5", "T5ForConditionalGeneration", ("input_ids", "decoder_input_ids"), _tokens(False, 100, 32128, 2), **_T5),
+    _configured(
+        "t5", "T5ForConditionalGeneration", ("input_ids", "decoder_input_ids"), _tokens(False, 100, 32128, 2), **_T5
+    ),
     _configured("vit", "ViTForImageClassification", ("pixel_values",), _pixels, **_VIT),
     ReferenceModel("minilm", "transformers", _minilm, _sentences),
 ]

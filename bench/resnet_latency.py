@@ -1,81 +1,102 @@
-"""What the multiple of widths does to the measured speed-up: `python -m bench.resnet_latency`.
+"""`python -m bench.resnet_latency`: what rounding widths does to the speed of a pruned ResNet-50 on onnxruntime.
 
-ResNet-50 at half its MACs, uniform allocation, for several values of `round_to`; onnxruntime, dense and pruned
-alternating in one run.
+The same half of the multiply-accumulates goes for every rounding; only what widths are multiples of differs. The dense
+model and all pruned ones are timed in turns within one run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import fxprune
 from bench import machine
 from bench.models import MODELS
+from fxprune.backends import BACKENDS
+from fxprune.backends.timing import Comparison, compare
 
-MULTIPLES = (None, 1, 4, 8, 16, 32)
-
-
-def measure(multiple: int | None, batch: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Return the MACs ratio and the measured latency for one multiple (None: the backend's own)."""
-    model = MODELS["resnet50"].make(full=True)
-    inputs = MODELS["resnet50"].example(batch=batch, full=True)
-    pruned = fxprune.compile(model, inputs, target={"macs": 0.5}, round_to=multiple, proof="quick")
-    latency = pruned.measure(threads=threads, rounds=rounds)
-    return {
-        "round_to": pruned.report.round_to,
-        "default": multiple is None,
-        "macs": pruned.report.macs.ratio,
-        "latency": asdict(latency),
-    }
+BACKEND = "onnxruntime"
+MODEL = "resnet50"
+SHARE = 0.5
+#: None is what fxprune takes where the recipe says nothing.
+ROUNDINGS: tuple[int | None, ...] = (1, 4, 8, 16, 32, None)
+RESULTS = Path(__file__).parent / "results"
 
 
-def table(rows: list[dict[str, Any]], batch: int, threads: int) -> Table:
-    """Return the results as a table."""
-    title = f"ResNet-50 at half its MACs, onnxruntime, {threads} threads, batch {batch}, fp32"
-    result = Table(title=title, title_justify="left", caption=machine.stamp())
-    for column in ("round_to", "MACs saved", "dense ms", "pruned ms", "speed-up", "95 % interval", "speed-up / saving"):
-        result.add_column(column, justify="right")
-    for row in rows:
-        latency = row["latency"]
-        saving = 1 / row["macs"]
+def label(multiple: int | None) -> str:
+    """Return the name of a rounding in tables and files."""
+    return "default" if multiple is None else str(multiple)
+
+
+def measure(name: str, batch: int, threads: int, rounds: int, full: bool = True) -> tuple[dict[str, Any], Comparison]:
+    """Return each rounding's figures by its label, and the comparison of their latencies with the dense model's."""
+    model, inputs = MODELS[name].make(full=full), MODELS[name].example(batch, full=full)
+    backend = BACKENDS[BACKEND]
+    runners = {"dense": backend.build(model, inputs, threads=threads)}
+    figures: dict[str, Any] = {}
+    for multiple in ROUNDINGS:
+        pruned = fxprune.compile(model, inputs, target={"macs": SHARE}, round_to=multiple, proof="quick")
+        runners[label(multiple)] = backend.build(pruned.module, inputs, threads=threads)
+        report = pruned.report
+        figures[label(multiple)] = {
+            "round_to": report.round_to,
+            "macs": report.macs.ratio,
+            "params": report.params.ratio,
+        }
+    calls = {key: lambda runner=runner: runner.run(*inputs) for key, runner in runners.items()}  # type: ignore[misc, unused-ignore]
+    return figures, compare(calls, reference="dense", repeats=rounds, warmup=2)
+
+
+def table(figures: dict[str, Any], timed: Comparison, title: str) -> Table:
+    """Return the results as a rich table."""
+    result = Table(title=title)
+    for column in ("round_to", "MACs", "parameters", "ms", "speed-up", "95 %"):
+        result.add_column(column, justify="left" if column == "round_to" else "right")
+    result.add_row("dense", "1.000", "1.000", f"{timed.latencies['dense'].median * 1e3:.1f}", "1.00 x", "")
+    for key, row in figures.items():
+        faster = timed.ratio(key)
         result.add_row(
-            f"{row['round_to']}{' (default)' if row['default'] else ''}",
-            f"{saving:.2f} x",
-            f"{latency['milliseconds']['dense']:.1f}",
-            f"{latency['milliseconds']['pruned']:.1f}",
-            f"{latency['speedup']:.2f} x",
-            f"{latency['interval'][0]:.2f}-{latency['interval'][1]:.2f}",
-            f"{latency['speedup'] / saving:.2f}",
+            f"default ({row['round_to']})" if key == "default" else key,
+            f"{row['macs']:.3f}",
+            f"{row['params']:.3f}",
+            f"{timed.latencies[key].median * 1e3:.1f}",
+            f"{faster.median:.2f} x",
+            f"{faster.low:.2f}-{faster.high:.2f}",
         )
     return result
 
 
-def main() -> None:
-    """Run the benchmark, print its table, write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--multiples", type=int, nargs="*", help="instead of the default list")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/resnet_latency.json"))
-    options = parser.parse_args()
-    chosen = options.multiples or MULTIPLES
-    rows = [
-        measure(multiple, options.batch, options.threads, options.rounds)
-        for multiple in track(chosen, "round_to", console=Console(stderr=True), transient=True)
-    ]
-    Console(width=120).print(table(rows, options.batch, options.threads))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1) + "\n")
+def main(
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=6, help="of timing all models in turns")] = 20,
+    file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "resnet_latency.json",
+) -> None:
+    """Time ResNet-50 dense and with half of its multiply-accumulates, its widths rounded in several ways."""
+    console = Console()
+    torch.set_num_threads(threads)
+    figures, timed = measure(MODEL, batch, threads, rounds)
+    title = f"{MODEL} at {SHARE:g} of the MACs: {BACKEND}, float32, batch {batch}, {threads} threads, {rounds} rounds"
+    console.print(table(figures, timed, title))
+    console.print(machine.stamp(), style="dim", highlight=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "machine": machine.describe(),
+        "model": MODEL,
+        "share": SHARE,
+        "batch": batch,
+        "threads": threads,
+        "roundings": figures,
+        "timing": timed.to_json(),
+    }
+    file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

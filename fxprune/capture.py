@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -423,12 +424,15 @@ def _whole_operators() -> Iterator[None]:
     told = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
     torch.backends.mha.set_fastpath_enabled(False)
     torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what the CaptureError says
+    quiet, logger.disabled = logger.disabled, True
     try:
         with torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = told
+        logger.disabled = quiet
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -151,3 +151,14 @@ DROPOUTS: dict[Any, Any] = {
     aten.alpha_dropout.default: nn.AlphaDropout,
     aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
 }
+
+
+def dropout(target: Any, rank: int) -> Any:
+    """Return the dropout layer for an operator on a tensor of this many dimensions.
+
+    >>> dropout(aten.feature_dropout.default, 3)
+    <class 'torch.nn.modules.dropout.Dropout1d'>
+    """
+    if target is aten.feature_dropout.default:
+        return {3: nn.Dropout1d, 5: nn.Dropout3d}.get(rank, nn.Dropout2d)
+    return DROPOUTS[target]

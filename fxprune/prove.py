@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxprune.analyse import Analysis
-from fxprune.axes import Fixed
+from fxprune.axes import Concat, Dim, Fixed, Product, concat, product
 from fxprune.capture import Captured, ModelState, Varying, eval_with
 from fxprune.errors import ProofError
 from fxprune.groups import describe
@@ -84,8 +84,7 @@ def prove(
         with torch.no_grad():
             if level == "full":
                 expected = Reference(analysis, masks, weights, dtype).run(inputs)
-                actual = _Upcast(pruned, analysis, kept, weights, dtype).run(inputs)
-                error = _difference(expected, actual)
+                error = _against(expected, _Upcast(pruned, analysis, kept, weights, dtype), inputs)
             else:
                 inputs, error = _quick(analysis, masks, pruned, weights, inputs)
         if not error <= tolerance:
@@ -222,9 +221,12 @@ class _Double(fx.Interpreter):
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator, with the dtypes among its arguments replaced as well."""
         if not any(isinstance(v, torch.dtype) for v in [*args, *kwargs.values()]):
-            return target(*args, **kwargs)
-        swap = lambda v: self.dtype or v if isinstance(v, torch.dtype) and v in _LOW else v  # noqa: E731
-        return target(*pytree.tree_map(swap, tuple(args)), **pytree.tree_map(swap, dict(kwargs)))
+            result = target(*args, **kwargs)
+        else:
+            swap = lambda v: self.dtype or v if isinstance(v, torch.dtype) and v in _LOW else v  # noqa: E731
+            result = target(*pytree.tree_map(swap, tuple(args)), **pytree.tree_map(swap, dict(kwargs)))
+        # what is made from numbers alone is float32
+        return self.up(result) if isinstance(result, Tensor) else pytree.tree_map(self.up, result)
 
 
 class Reference(_Double):
@@ -258,6 +260,14 @@ class Reference(_Double):
             return total
         return value
 
+    def concrete(self, dim: Dim) -> Dim:
+        """The dimension with its sizes for these inputs: torch's attention merges batch and heads into one."""
+        if isinstance(dim, Fixed):
+            return Fixed(self._literal(Varying(dim.size))) if isinstance(dim.size, tuple) else dim
+        if isinstance(dim, Product):
+            return product(map(self.concrete, dim.factors))
+        return concat(map(self.concrete, dim.parts)) if isinstance(dim, Concat) else dim
+
     def mask(self, node: fx.Node, value: Tensor) -> Tensor | None:
         """A tensor broadcastable to the value, True where it is kept; None where all of it is."""
         dims = self.analysis.dims[node]
@@ -265,7 +275,7 @@ class Reference(_Double):
             return None
         result: Tensor | None = None
         for i, dim in enumerate(dims):
-            flags = self.kept.mask(dim)
+            flags = self.kept.mask(self.concrete(dim)) if self.kept.cut(dim) else None
             if flags is None:
                 continue
             shape = [1] * value.dim()
@@ -373,9 +383,23 @@ def _lockstep(
                 values[dense] = result
             return result
 
-    actual = Keep(pruned, analysis, kept, weights, dtype).run(inputs)
+    small = Keep(pruned, analysis, kept, weights, dtype)
+    try:
+        actual = small.run(inputs)
+    except RuntimeError:
+        Reference(analysis, kept, weights, dtype).run(inputs)  # if this fails too, the inputs are to blame
+        return float("inf")
     reference = _Sampled(analysis, kept, weights, dtype, values=values)
     return max(_difference(reference.run(inputs), actual), reference.worst)
+
+
+def _against(expected: list[Any], pruned: _Upcast, inputs: list[Any]) -> float:
+    """The difference from what the pruned module returns; infinite where it cannot even run."""
+    try:
+        actual = pruned.run(inputs)
+    except Exception:  # it is run once more, and described, when the first differing node is looked for
+        return float("inf")
+    return _difference(expected, actual)
 
 
 class _Upcast(_Double):
@@ -445,7 +469,8 @@ def _first_difference(
             return values[n]
 
     with torch.no_grad():
-        Keep(analysis, kept, weights, dtype).run(inputs)
+        reference = Keep(analysis, kept, weights, dtype)
+        reference.run(inputs)
         failure = ""
         try:
             KeepPruned(pruned, analysis, kept, weights, dtype).run(inputs)
@@ -454,7 +479,7 @@ def _first_difference(
     for dense, small in pruned.nodes.items():
         if dense.op != "call_function" or not isinstance(values.get(dense), Tensor) or small not in values:
             continue
-        expected = kept.select(values[dense], analysis.dims[dense])
+        expected = kept.select(values[dense], tuple(map(reference.concrete, analysis.dims[dense])))
         actual = values[small]
         if _difference([expected], [actual]) > tolerance:
             return f"The first node that differs is {describe(dense)}.{failure}"

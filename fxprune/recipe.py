@@ -31,6 +31,13 @@ class Target(BaseModel):
     params: float | None = Field(default=None, gt=0, le=1)
     dead: bool = False
 
+    @field_validator("macs", "params", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # else true would be 1.0
+            raise ValueError("give the share to keep, 0.5 for example")
+        return value
+
     @model_validator(mode="after")
     def _one(self) -> Target:
         given = [k for k in ("macs", "params") if getattr(self, k) is not None] + (["dead"] if self.dead else [])
@@ -97,7 +104,7 @@ def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, *
     elif isinstance(source, str | Path):
         data = _read_yaml(Path(source))
     else:
-        data = dict(source or {})
+        data = {} if source is None else source
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
     data = {**data, **{k: v for k, v in overrides.items() if v is not None}}
@@ -114,7 +121,7 @@ def _read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
 
 
@@ -122,8 +129,8 @@ def _sentence(error: Any) -> str:
     where = [str(p) for p in error["loc"] if p not in ("str", "dict[str,any]")]
     if error["type"] == "extra_forbidden":
         known = list((Target if where[:-1] else Recipe).model_fields)
-        return f"there is no key '{'.'.join(where)}'" + (
-            nearest(where[-1], known) or f". Known: {', '.join(known)}"
-        )
+        return f"there is no key '{'.'.join(where)}'" + (nearest(where[-1], known) or f". Known: {', '.join(known)}")
+    if error["type"] == "model_type":
+        return f"target: say for example {{'macs': 0.5}} (given: {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{'.'.join(where) or 'target'}: {message} (given: {error['input']!r})"

@@ -55,7 +55,9 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
             known = self.names()
-            raise self._error(f"no {self.kind} is called '{name}'{nearest(name, known) or '.'} Known: {', '.join(known)}")
+            raise self._error(
+                f"no {self.kind} is called '{name}'{nearest(name, known) or '.'} Known: {', '.join(known)}"
+            )
         return self._items[name]
 
     def __contains__(self, name: str) -> bool:

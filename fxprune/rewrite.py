@@ -16,7 +16,7 @@ from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Concat, Dim, Fixed, Product, Size
 from fxprune.capture import Varying
 from fxprune.kept import Kept
-from fxprune.layers import DROPOUTS, LAYERS
+from fxprune.layers import DROPOUTS, LAYERS, dropout
 from fxprune.rules.core import RULES, bind
 
 aten = torch.ops.aten
@@ -334,7 +334,7 @@ class _Rewriter:
             while f"dropout{number or ''}" in self._owner(path)._modules:
                 number += 1
             path = f"{path}.dropout{number or ''}"
-        self._install(path, DROPOUTS[node.target](probability))
+        self._install(path, dropout(node.target, len(self.analysis.dims[node]))(probability))
         return self.graph.create_node("call_module", path, (operand,))
 
     # ------------------------------------------------------------------ the module

@@ -42,6 +42,7 @@ _WEIGHTED = {
         for overload in ("default", "padding")
     },
 }
+ATTENTION = aten.scaled_dot_product_attention.default
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mul.Tensor}
 #: NaN passes through these by itself: they move elements, or sum and average them.
 _HONEST = ("movement", "spatial")
@@ -92,6 +93,8 @@ class _Constants(Reference):
             return self._product(n, positional)
         if n.target is aten.batch_norm.default:
             return self._batch_norm(n, positional)
+        if n.target is ATTENTION:
+            return self._attention(n, positional)
         if self._honest(n):
             return super().run_node(n)
         if n.target is aten.embedding.default:
@@ -148,6 +151,15 @@ class _Constants(Reference):
             shift = self.values[bias].reshape(shape) if bias is not None else torch.zeros((), dtype=torch.float64)
             result = torch.where(silent, shift, result)
         return result
+
+    def _attention(self, n: fx.Node, named: dict[str, Any]) -> Tensor:
+        """Averages of values: where these are zero, so is the result, whatever the scores are."""
+        args, kwargs = fx.node.map_arg((n.args, dict(n.kwargs)), lambda a: _number(self.values[a]))
+        result: Tensor = self._run_on(n, args, kwargs)
+        silent = (self.values[named["value"]] == 0).all(-2, keepdim=True)
+        if result.dim() > 2:  # a head of values may serve several heads of queries
+            silent = silent.repeat_interleave(result.shape[-3] // silent.shape[-3], -3)
+        return torch.where(silent, torch.zeros_like(result), torch.full_like(result, NAN))
 
     def _honest(self, n: fx.Node) -> bool:
         rule = RULES.get(n.target)
@@ -223,7 +235,7 @@ def _dead_units(analysis: Analysis, constants: _Constants, axis: Axis) -> Any:
         for operand in _operands(node):
             dims = analysis.dims[operand]
             carries = [i for i, d in enumerate(dims) if axis in set(atoms(d))] if isinstance(dims, tuple) else []
-            if not carries or operand.op == "get_attr" or not dead.any():
+            if not carries or not dead.any() or _judged_elsewhere(analysis, constants, node, operand, axis):
                 continue
             out = analysis.dims[node]
             passes = any(axis in set(atoms(d)) for ds in (out if isinstance(out, list) else [out]) for d in ds)
@@ -238,6 +250,19 @@ def _dead_units(analysis: Analysis, constants: _Constants, axis: Axis) -> Any:
 def _operands(node: fx.Node) -> Iterator[fx.Node]:
     if node.op == "call_function":
         yield from node.all_input_nodes
+
+
+def _judged_elsewhere(analysis: Analysis, constants: _Constants, node: fx.Node, operand: fx.Node, axis: Axis) -> bool:
+    """Whether another operand of the product decides: of known weights and an activation, the activation does."""
+    if node.target in _WEIGHTED:
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        activation, weight, _ = (named[k] for k in _WEIGHTED[node.target])
+        known = not bool(_unknown_mask(constants.values[operand]).any())
+        return operand is weight and operand is not activation and known
+    return operand.op == "get_attr" and any(
+        n.op != "get_attr" and isinstance(ds := analysis.dims[n], tuple) and any(axis in set(atoms(d)) for d in ds)
+        for n in node.all_input_nodes
+    )
 
 
 def _mixes(node: fx.Node, dims: Any, carries: list[int]) -> bool:
@@ -265,21 +290,33 @@ def _removable(analysis: Analysis, constants: _Constants, node: fx.Node, operand
         if named[_WEIGHTED[node.target][0]] is operand:
             flat = value.movedim(dim, 0).flatten(1)
             constant = np.asarray((flat == flat[:, :1]).all(1))
-            fine = zero | (constant if not _padded(named) else zero)
-    elif node.target not in _WEIGHTED and node.target not in _PRODUCTS and node.target is not aten.sum.dim_IntList:
+            known = not bool(_unknown_mask(constants.values[named[_WEIGHTED[node.target][1]]]).any())
+            fine = zero | (constant if known and not _padded(named) else zero)
+    elif (
+        node.target not in {*_WEIGHTED, *_PRODUCTS, ATTENTION, aten.sum.dim_IntList}
+        or (node.target is ATTENTION and dim != value.dim() - 1)  # a key of zeros still takes its part of the attention
+    ):
         fine = np.zeros(len(zero), dtype=bool)
-    unused = _unused(constants, node, operand)
+    unused = _unused(constants, node, operand, dim)
     per_entry = fine if unused is None else fine | unused
     return _all_entries(analysis.dims[operand][dim], axis, per_entry)
 
 
-def _unused(constants: _Constants, node: fx.Node, operand: fx.Node) -> Any:
-    """True where the weights that an entry of the operand is multiplied with are all zero; None where not known."""
-    if node.target is not aten.linear.default:
-        return None
+def _unused(constants: _Constants, node: fx.Node, operand: fx.Node, dim: int) -> Any:
+    """True where all that an entry of the operand is multiplied with is zero; None where not known."""
     named, _ = bind(node.target, node.args, dict(node.kwargs))
-    weight = constants.values[named["weight"]]
-    return np.asarray((weight == 0).all(0)) if named["input"] is operand and weight.dim() == 2 else None
+    if node.target is ATTENTION:
+        other = named["key"] if named["query"] is operand else named["query"] if named["key"] is operand else None
+        if other is None or dim != constants.values[operand].dim() - 1:
+            return None
+        return np.asarray((constants.values[other] == 0).flatten(0, -2).all(0))
+    if node.target not in _WEIGHTED or node.target is aten.addmm.default or named["input"] is not operand:
+        return None
+    zero = constants.values[named["weight"]] == 0
+    if zero.dim() == 1:
+        return None
+    groups = named.get("groups", 1)  # of a grouped convolution each reads its own part of the channels
+    return np.asarray(zero.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2).all(2).flatten())
 
 
 def _all_entries(dim: Dim, axis: Axis, flags: Any) -> Any:
@@ -293,10 +330,8 @@ def _all_entries(dim: Dim, axis: Axis, flags: Any) -> Any:
 
 def _padded(named: dict[str, Any]) -> bool:
     padding = named.get("padding", 0)
-    return (
-        (isinstance(padding, str)
-        and padding != "valid")
-        or any(np.atleast_1d(padding if not isinstance(padding, str) else 0))
+    return (isinstance(padding, str) and padding != "valid") or any(
+        np.atleast_1d(padding if not isinstance(padding, str) else 0)
     )
 
 
@@ -331,7 +366,7 @@ def _folded(analysis: Analysis, constants: _Constants, kept: Kept) -> dict[str, 
         for i in cut:
             gone = torch.from_numpy(~kept.mask(dims[i])).reshape([-1 if j == i else 1 for j in range(value.dim())])  # type: ignore[operator]
             value = value * gone
-        arguments = [constants.values[v] if isinstance(v, fx.Node) else v for v in named.values()]
+        arguments = [_number(constants.values[v]) if isinstance(v, fx.Node) else v for v in named.values()]
         arguments[list(named).index(_WEIGHTED[node.target][0])] = value
         bias_place = list(named).index(_WEIGHTED[node.target][2])
         if arguments[bias_place] is not None:

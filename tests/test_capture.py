@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -896,19 +897,21 @@ def test_data_dependent_code_is_refused_with_its_line(function: Any) -> None:
     head, where, advice = str(caught.value).splitlines()
     assert head.startswith("the forward pass of Forward cannot be recorded: ")
     assert where == f"  at {__file__}:{first + len(lines) - 1} in {function.__name__}: {lines[-1].strip()}"
-    assert advice.endswith(
-        "Check that the model runs on the example inputs; if it does, move that line out of `forward`."
-    )
+    assert advice.startswith("  Shapes are known there, values are not: ")
+    assert advice.endswith("cannot be followed. Move that line out of `forward`.")
 
 
-def test_a_failing_forward_names_its_line() -> None:
-    """Example inputs of the wrong size: torch's own reason and the line of the model's code."""
+def test_a_failing_forward_names_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Example inputs of the wrong size: torch's own reason and the line of the model's code, and no log beside it."""
     model = Forward(lambda m, x: m.linear(x))
     with pytest.raises(CaptureError) as caught:
         capture(model, (torch.randn(4, 9),), {})
-    head, where, _ = str(caught.value).splitlines()
+    head, where, advice = str(caught.value).splitlines()
     assert head.startswith("the forward pass of Forward cannot be recorded: RuntimeError: ")
+    assert advice == "  Check that the model runs on the example inputs."
     assert where.startswith(f"  at {__file__}:") and "m.linear(x)" in where
+    assert caplog.text == ""
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 # ---------------------------------------------------------------------- shortcuts

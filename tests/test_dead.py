@@ -191,7 +191,7 @@ def test_constants_into_a_new_bias() -> None:
     [(0, "zeros", [0, 2]), ("valid", "zeros", [0, 2]), (1, "zeros", [0, 1, 2, 3]), ("same", "zeros", [0, 1, 2, 3])],
 )
 def test_constants_before_padding_stay(padding: Any, mode: str, expected: list[int]) -> None:
-    """At the border a padded convolution sees zeros instead of the constant: no bias can say that, so the unit stays."""
+    """At the border a padded convolution sees zeros instead of the constant: no bias can say that, the unit stays."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=padding, padding_mode=mode))
     with torch.no_grad():
         model[0].weight[[1, 3]] = 0
@@ -276,8 +276,57 @@ def test_query_and_key_dimensions() -> None:
         model.q.weight[1::4] = 0
         model.q.bias[1::4] = 0
     pruned = dead(model, torch.randn(2, 5, 6))
-    assert kept(pruned, "q.weight") == kept(pruned, "k.weight")
+    assert kept(pruned, "q.weight") == kept(pruned, "k.weight") == without(range(1, 16, 4), 16)
     assert len(kept(pruned, "v.weight")) == 16
+
+
+def test_keys_of_zeros_stay() -> None:
+    """A learned token whose key and value are zero still takes its part of the attention away from the others."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.randn(6, 8))
+            self.key, self.value = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, self.key(self.tokens)[None], self.value(self.tokens)[None])
+
+    model = Tokens()
+    with torch.no_grad():
+        model.tokens[2] = 0
+    assert kept(dead(model, torch.randn(2, 5, 8)), "tokens") == list(range(6))
+
+
+def test_weights_that_depend_on_the_input() -> None:
+    """A constant times an unknown weight is unknown: only units that are zero go."""
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.make = nn.Linear(4, 8), nn.Linear(4, 24)
+            self.bias = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.relu(self.linear(x)), self.make(x.mean(0)).view(3, 8), self.bias)
+
+    model = Hyper()
+    with torch.no_grad():
+        model.linear.weight[[1, 4]] = 0
+        model.linear.bias[[1, 4]] = torch.tensor([-1.0, 1.0])  # silent, constant
+    pruned = dead(model, torch.randn(2, 4))
+    assert set(kept(pruned, "linear.weight")) >= set(without([1], 8))
+    assert pruned.plan.biases == []
+
+
+def test_grouped_convolution_columns() -> None:
+    """Each group of a grouped convolution reads its own part of the channels: a pair that nobody reads goes."""
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 1, groups=2))
+    with torch.no_grad():
+        model[2].weight[:, 1] = 0  # channels 1 and 5
+        model[2].weight[:2, 3] = 0  # channel 3, but not 7
+    pruned = dead(model, torch.randn(2, 3, 5))
+    assert set(without([1, 3, 5], 8)) <= set(kept(pruned, "0.weight")) <= set(without([1, 5], 8))
 
 
 def test_concatenation() -> None:
@@ -299,7 +348,7 @@ def test_concatenation() -> None:
         model.out.weight[:, 6 + 3] = 0
     pruned = dead(model, torch.randn(2, 3, 5))
     assert kept(pruned, "left.weight") == without([1, 2], 6)
-    assert kept(pruned, "right.weight") == without([0, 3, 7], 8) or kept(pruned, "right.weight") == without([0, 7], 8)
+    assert kept(pruned, "right.weight") == without([0, 3, 7], 8)
     assert pruned.plan.biases == ["out.bias"]
 
 
@@ -523,7 +572,7 @@ def _zero_at_random(model: nn.Module, rng: random.Random) -> int:
     return zeroed
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_outputs_never_change(seed: int) -> None:
     """Whatever is zero in a random network, compiling it changes no output."""
@@ -537,7 +586,7 @@ def test_outputs_never_change(seed: int) -> None:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6))
 def test_outputs_of_attention_never_change(seed: int) -> None:
     """The same for attention: any slices of its projections may be zero."""
@@ -548,7 +597,7 @@ def test_outputs_of_attention_never_change(seed: int) -> None:
     dead(model, torch.randn(2, 5, 6))
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(st.sets(st.integers(0, 11)), st.sampled_from(WAYS))
 def test_exactly_the_zeroed_units_go(units: set[int], way: Callable[..., None]) -> None:
     """Any subset of channels, zeroed in any way: these go and no others, one staying where all are dead."""

@@ -573,7 +573,7 @@ IMAGE: list[Step] = [
     *(space_to_depth, windows, rolled, to_tokens, to_vector, conv, image_norm),
 ]
 TOKENS: list[Step] = [
-    *(channel_attention, queried),  # and multihead, once the masked reference can mask batch times heads
+    *(channel_attention, queried, multihead),
     *(
         token_norm,
         attention,

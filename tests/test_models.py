@@ -121,7 +121,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest) -> Case:
     reference = MODELS[request.param]
     pytest.importorskip(reference.library)
     try:
@@ -131,7 +131,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     inputs = reference.example(batch=2)
     before = snapshot(model)
     before["output"] = run(model, *inputs)
-    yield Case(reference, model, inputs, before, fxprune.compile(model, inputs, target={"macs": 0.5}))
+    return Case(reference, model, inputs, before, fxprune.compile(model, inputs, target={"macs": 0.5}))
 
 
 def run(module: nn.Module, *inputs: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rules import Net, aten, sample
 
-MERGED = "the masked reference cannot mask a dimension that holds the batch and an axis"
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -68,7 +67,7 @@ SAMPLES = [
     sample(ATTENTION, _masked, 6, 5, groups=[4, 3, 5], note="bias"),
     sample(ATTENTION, _fused, 6, 5, groups=[4, 2], note="fused"),
     sample(ATTENTION, _grouped, 6, 5, groups=[2, 3, 5], note="grouped"),
-    sample(ATTENTION, lambda net, x: _layer(net, x, False), 6, 5, groups=[8, 4, 2, 8], note="layer", xfail=MERGED),
-    sample([], lambda net, x: _layer(net, x, True), 6, 5, groups=[8, 4, 2, 8], note="layer with weights", xfail=MERGED),
+    sample(ATTENTION, lambda net, x: _layer(net, x, False), 6, 5, groups=[8, 4, 2, 8], note="layer"),
+    sample([], lambda net, x: _layer(net, x, True), 6, 5, groups=[8, 4, 2, 8], note="layer with weights"),
     sample(ATTENTION, _one_head, 6, 5, groups=[4, 7], note="one head"),
 ]
