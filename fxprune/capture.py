@@ -98,7 +98,10 @@ class Captured:
         solution = np.linalg.solve(np.array(rows, dtype=float), np.array(size, dtype=float))
         whole = np.rint(solution)
         largest = max(abs(whole[1:]), default=0)
-        if np.abs(solution - whole).max() > 1e-6 or (largest != 1 and abs(whole[0]) > largest):
+        # 2 S - 1 is a table of relative positions; of the batch there are only multiples (its square may look affine)
+        batched = any(v for term, v in zip(terms, whole, strict=True) if "batch" in term)
+        allowed = 0 if batched else largest
+        if np.abs(solution - whole).max() > 1e-6 or (largest != 1 and abs(whole[0]) > allowed):
             raise CaptureError(f"{size} is not a sum of products of {names}")
         return {term: int(v) for term, v in zip(terms, whole, strict=True) if v}
 
@@ -206,6 +209,8 @@ def _symbols(
 
 def _probes(name: str, size: int) -> tuple[int, int]:
     """Two values to record at, the example's own among them where that says enough: a forward may branch on its size.
+
+    A batch of 1 does not: many models skip a no-op there. That such a graph is right for it, the full proof checks.
 
     A second batch size is far away, so that halves or squares of it are not taken for multiples; other
     sizes stay at or below the example's, which the model takes.
