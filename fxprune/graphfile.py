@@ -177,14 +177,14 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
     graph.set_codegen(_PyTreeCodeGen(info))
     modes = {path: m.training for path, m in root.named_modules()}
     module = fx.GraphModule(root, graph, class_name=data["class"])
-    for path, child in module.named_modules():
-        child.training = modes[path] if path and path in data["layers"] else data["training"]
     for name, tensor in [*root.named_parameters(remove_duplicate=False)]:  # names that the graph does not use
         owner = _owner(module, name.rpartition(".")[0])
         if name.rpartition(".")[2] not in owner._parameters:
             owner.register_parameter(name.rpartition(".")[2], tensor)
     for name in data["transient"]:
         _owner(module, name.rpartition(".")[0])._non_persistent_buffers_set.add(name.rpartition(".")[2])
+    for path, child in module.named_modules():
+        child.training = modes[path] if path and path in data["layers"] else data["training"]
     return module
 
 

@@ -46,7 +46,7 @@ GROUPS = {
     # the width; heads, head dimensions and hidden width of each of two blocks
     "vit_base_patch16_224": {"channels": 1, "heads": 2, "head_dims": 2, "hidden": 2},
     # the width of each of four stages; heads, head dimensions and hidden width of each of seven blocks
-    "swin_tiny_patch4_window7_224": {"channels": 1, "heads": 7, "head_dims": 7, "hidden": 3 + 7},
+    "swin_tiny_patch4_window7_224": {"channels": 1, "heads": 6, "head_dims": 6, "hidden": 3 + 6},
     # stem; four stages; groups, width in them before and after the grouped convolution of each of thirteen blocks
     "regnetx_002": {"channels": 1 + 4 + 3 * 13},
     # the width; heads, dimensions of queries and of values, hidden width of each of two layers; the pooler
