@@ -37,6 +37,8 @@ RATIO = 0.3
 TOOLS = ("fxprune", "torch_pruning")
 RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
+#: Columns of what is piped into a file.
+WIDTH = 130
 
 
 def run_fxprune(model: nn.Module, inputs: Any) -> dict[str, float]:
@@ -180,6 +182,8 @@ def main(
         return
     importlib.import_module("torch_pruning")  # say at once that it is missing, not once for each model
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     results = {}
     for name in names:
         with console.status(name):
