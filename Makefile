@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make test TORCH_ARGS='--index-url ...'
 TORCH_ARGS ?=
 
-.PHONY: .venv test lint fuzz demo zoo wheel clean
+.PHONY: .venv test lint fuzz demo wheel clean
 
 .venv: $(BIN)/fxprune
 
@@ -30,9 +30,6 @@ fuzz: .venv
 
 demo: .venv
 	$(BIN)/python -m bench.demo
-
-zoo: .venv
-	$(BIN)/python -m bench.coverage
 
 wheel: .venv
 	$(BIN)/python -m build
