@@ -10,10 +10,11 @@ from typing import Any
 from torch import fx
 
 from fxprune import rules
-from fxprune.axes import Axes, Fixed, Misfit, size_of
+from fxprune.axes import Axes, Axis, Dim, Fixed, Misfit, atoms, size_of
 from fxprune.capture import Captured
+from fxprune.counted import track
 from fxprune.fold import fold_constants
-from fxprune.rules.core import RULES, Dims, Site, bind
+from fxprune.rules.core import Counted, Dims, Site, bind, rule_of
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class Analysis:
         births: the same before any unification: the axes that the dimensions started as.
         macs: (node, dimensions) of every contraction: as many multiply-accumulates as the product of the sizes.
         unknown: operators without a rule -> the nodes that use them.
+        counted: nodes whose integers count along an axis.
+        least: axis -> how many of its indices some operator needs, where that is more than one.
     """
 
     captured: Captured
@@ -35,6 +38,9 @@ class Analysis:
     births: dict[str, Dims] = field(default_factory=dict)
     macs: list[tuple[fx.Node, Dims]] = field(default_factory=list)
     unknown: dict[Any, list[fx.Node]] = field(default_factory=lambda: defaultdict(list))
+    least: dict[Axis, int] = field(default_factory=dict)
+    counted: dict[fx.Node, Counted] = field(default_factory=dict)
+    _needs: list[tuple[Dim, int, fx.Node]] = field(default_factory=list)
 
     def resolved(self, node: fx.Node) -> Any:
         """Return the node's dimensions as they are after all unifications."""
@@ -55,12 +61,24 @@ def analyse(captured: Captured, frozen: dict[str, str] | None = None) -> Analysi
     result = Analysis(captured, Axes())
     for node in captured.graph.nodes:
         result.dims[node] = _visit(result, node, frozen or {})
+        track(node, result.counted, result.axes)
+    _require(result)
     for node in captured.graph.nodes:
         if node.op in ("call_function", "get_attr"):
             result.dims[node] = result.resolved(node)
     result.tensors = {n: tuple(result.axes.resolve(d) for d in ds) for n, ds in result.tensors.items()}
     result.macs = [(n, tuple(result.axes.resolve(d) for d in ds)) for n, ds in result.macs]
     return result
+
+
+def _require(result: Analysis) -> None:
+    """Note how many indices of an axis operators need; of several axes in one dimension the largest holds them."""
+    for dim, count, node in result._needs:
+        axes = sorted(atoms(result.axes.resolve(dim)), key=lambda axis: axis.size)
+        if axes and count >= axes[-1].size:
+            result.axes.freeze(axes[-1], f"{node.target} needs {count} of its indices", node)
+        elif axes:
+            result.least[axes[-1]] = max(count, result.least.get(axes[-1], 1))
 
 
 def _visit(result: Analysis, node: fx.Node, frozen: dict[str, str]) -> Any:
@@ -87,8 +105,8 @@ def _visit(result: Analysis, node: fx.Node, frozen: dict[str, str]) -> Any:
 
 def _apply(result: Analysis, node: fx.Node, shape: Any) -> Any:
     """Apply the operator's rule, or freeze everything that touches an operator without one."""
-    site = Site(result.axes, node, shape)
-    rule = RULES.get(node.target)
+    site = Site(result.axes, node, shape, counted=result.counted)
+    rule = rule_of(node.target)
     if rule is None:
         result.unknown[node.target].append(node)
         return _barrier(result, site, f"{node.target} has no rule")
@@ -102,6 +120,7 @@ def _apply(result: Analysis, node: fx.Node, shape: Any) -> Any:
     if not _agrees(dims, shape):
         return _barrier(result, site, f"the rule of {node.target} does not give the shape {shape}")
     result.macs += [(node, ds) for ds in site.macs]
+    result._needs += [(dim, count, node) for dim, count in site.least]
     return dims
 
 

@@ -6,7 +6,6 @@ flatten the torch.nn layers. What is written here is the fx graph itself, readab
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import operator
@@ -18,6 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxprune.errors import SavedModelError
+from fxprune.layers import constructor_arguments, refresh
 
 FORMAT = 1
 _FUNCTIONS = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.mul, operator.add)}
@@ -88,17 +88,6 @@ def _function(name: str) -> Any:
         raise SavedModelError(f"this torch has no operator {name}; import the library that defines it first") from None
 
 
-def _settings(layer: nn.Module) -> dict[str, Any]:
-    """The constructor arguments of a torch.nn layer, read off its attributes."""
-    result = {}
-    for name in inspect.signature(type(layer).__init__).parameters:
-        if name in ("self", "device", "dtype") or name.startswith("_"):
-            continue
-        value = getattr(layer, name)
-        result[name] = encode(value is not None if name == "bias" else value)
-    return result
-
-
 def _layers(module: fx.GraphModule) -> dict[str, Any]:
     used = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
     table = {}
@@ -106,8 +95,14 @@ def _layers(module: fx.GraphModule) -> dict[str, Any]:
         layer = module.get_submodule(path)
         if getattr(nn, type(layer).__name__, None) is not type(layer):
             raise SavedModelError(f"'{path}' is a {type(layer).__name__}, not a layer of torch.nn")
-        settings = {"num_parameters": layer.weight.numel()} if isinstance(layer, nn.PReLU) else _settings(layer)
-        table[path] = {"layer": type(layer).__name__, "settings": settings, "training": layer.training}
+        settings = {name: encode(value) for name, value in constructor_arguments(layer).items()}
+        absent = [name for name, parameter in layer._parameters.items() if parameter is None]
+        table[path] = {
+            "layer": type(layer).__name__,
+            "settings": settings,
+            "absent": absent,
+            "training": layer.training,
+        }
     return table
 
 
@@ -151,6 +146,8 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
         settings = {k: decode(v, {}) for k, v in spec["settings"].items()}
         layer = layer_class(**settings, **({} if "Dropout" in spec["layer"] else {"device": "meta"}))
         layer.training = spec["training"]
+        for name in spec["absent"]:
+            layer.register_parameter(name, None)
         _owner(root, path.rpartition(".")[0]).add_module(path.rpartition(".")[2], layer)
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
@@ -176,6 +173,8 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
     info = _PyTreeInfo(data["arguments"], _spec(data["inputs"]), _spec(data["outputs"]))
     graph.set_codegen(_PyTreeCodeGen(info))
     modes = {path: m.training for path, m in root.named_modules()}
+    for child in root.modules():
+        refresh(child)
     module = fx.GraphModule(root, graph, class_name=data["class"])
     for name, tensor in [*root.named_parameters(remove_duplicate=False)]:  # names that the graph does not use
         owner = _owner(module, name.rpartition(".")[0])

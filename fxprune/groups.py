@@ -35,6 +35,7 @@ class Group:
         kind: channels, heads, head_dims or hidden.
         members: (tensor name, dimension number) of everything it cuts, parameters first.
         inner: how many consecutive entries of a parameter dimension one unit is (64 for a head of width 64).
+        least: how many units must stay, because an operator needs them.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Group:
     kind: str
     members: tuple[tuple[str, int], ...]
     inner: int
+    least: int = 1
 
     @property
     def size(self) -> int:
@@ -70,7 +72,9 @@ def find_groups(analysis: Analysis) -> list[Group]:
         if analysis.tensors[name][number] is not axis:  # several groups share the dimension: say which part this one is
             label = axis.birth if axis.birth.startswith(label) else f"{label}:{axis.birth}"
         kind = kinds.get(axis, "hidden")
-        groups.append(Group(label, axis, kind, tuple(members + others.get(axis, [])), inner[axis]))
+        groups.append(
+            Group(label, axis, kind, tuple(members + others.get(axis, [])), inner[axis], analysis.least.get(axis, 1))
+        )
     return groups
 
 

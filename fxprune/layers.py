@@ -7,6 +7,7 @@ parameters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,57 @@ LAYERS: dict[Any, Layer] = {
 for _rank in (1, 2, 3):
     for _overload in ("default", "padding"):
         LAYERS[getattr(getattr(aten, f"conv{_rank}d"), _overload)] = Layer(_WEIGHTS, ("input",), _convolution(_rank))
+
+#: Operators that are a whole torch.nn module of several weights, and its class. Their states come and go in a tuple.
+RECURRENT: dict[Any, Any] = {
+    aten.lstm.input: nn.LSTM,
+    aten.gru.input: nn.GRU,
+    aten.rnn_tanh.input: nn.RNN,
+    aten.rnn_relu.input: nn.RNN,
+}
+_RNN_ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+
+
+def recurrent(target: Any, sizes: tuple[int, int, int], a: dict[str, Any], dropout_rate: float) -> nn.RNNBase:
+    """Return the recurrent layer of an operator on the meta device; sizes of input, hidden state and projection."""
+    extra: dict[str, Any] = {"proj_size": sizes[2]} if target is aten.lstm.input else {}
+    if RECURRENT[target] is nn.RNN:
+        extra = {"nonlinearity": "relu" if target is aten.rnn_relu.input else "tanh"}
+    layer: nn.RNNBase = RECURRENT[target](
+        sizes[0],
+        sizes[1],
+        a["num_layers"],
+        bias=a["has_biases"],
+        batch_first=a["batch_first"],
+        dropout=dropout_rate,
+        bidirectional=a["bidirectional"],
+        device="meta",
+        **extra,
+    )
+    return layer
+
+
+def refresh(layer: nn.Module) -> None:
+    """Let a recurrent layer, which keeps a second list of its weights, see those that were put into it."""
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
+
+
+def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
+    """Return the arguments that a torch.nn layer of the same shape is made with.
+
+    >>> constructor_arguments(nn.Linear(3, 4, bias=False))
+    {'in_features': 3, 'out_features': 4, 'bias': False}
+    """
+    if isinstance(layer, nn.PReLU):
+        return {"num_parameters": layer.weight.numel()}
+    if isinstance(layer, nn.RNNBase):
+        own = {nn.LSTM: "proj_size", nn.RNN: "nonlinearity"}.get(type(layer))
+        return {name: getattr(layer, name) for name in (*_RNN_ARGUMENTS, *((own,) if own else ()))}
+    names = [n for n in inspect.signature(type(layer).__init__).parameters if not n.startswith("_")]
+    values = {n: getattr(layer, n) for n in names if n not in ("self", "device", "dtype")}
+    return {n: v is not None if n == "bias" else v for n, v in values.items()}
+
 
 #: Layers without weights that behave differently in training.
 DROPOUTS: dict[Any, Any] = {

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fxprune.rules.core import aten, overloads
+from fxprune.rules.experts import by_expert
+from fxprune.rules.recurrent import GATES
 
 #: A mask broadcastable to the operand, True where it is kept; None where all of it is.
 Mask = Tensor | None
@@ -21,6 +24,10 @@ Masked = Callable[..., Any]
 
 #: Operator -> its masked form: (first operand, its mask, *the other arguments).
 MASKED: dict[Any, Masked] = {}
+
+#: Operators that work on several operands at once -> (arguments, masks of the same structure) -> arguments in which
+#: what is removed takes no part.
+PREPARED: dict[Any, Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...]]] = {}
 
 
 def _for(*targets: Any) -> Callable[[Masked], Masked]:
@@ -160,6 +167,30 @@ def _norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bo
     return result
 
 
+@_for(aten.batch_norm.default)
+def _batch_norm(
+    x: Tensor,
+    mask: Tensor,
+    weight: Mask,
+    bias: Mask,
+    mean: Mask,
+    variance: Mask,
+    training: bool,
+    _momentum: float,
+    eps: float,
+    *_: Any,
+) -> Tensor:
+    """In eval mode nothing is reduced. With statistics of the operand itself, those of what is kept."""
+    dims = [i for i in range(x.dim()) if i != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if training or mean is None or variance is None:
+        mean, variance = _moments(x, mask, dims)
+    normal = (x - mean.reshape(shape)) / torch.sqrt(variance.reshape(shape) + eps)
+    return _affine(
+        normal, weight if weight is None else weight.reshape(shape), bias if bias is None else bias.reshape(shape)
+    )
+
+
 @_for(aten.layer_norm.default)
 def _layer_norm(
     x: Tensor, mask: Tensor, shape: Any, weight: Mask = None, bias: Mask = None, eps: float = 1e-5, *_: Any
@@ -192,3 +223,42 @@ def _group_norm(
 def _affine(x: Tensor, weight: Mask, bias: Mask) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+def zeroed(args: tuple[Any, ...], masks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return all operands zero where removed: a hidden unit then starts at zero and stays there, for any gate."""
+    flat, spec = pytree.tree_flatten(args)
+    pairs = zip(flat, spec.flatten_up_to(masks), strict=True)
+    result = [a * m if isinstance(a, Tensor) and m is not None else a for a, m in pairs]
+    return pytree.tree_unflatten(result, spec)  # type: ignore[no-any-return]
+
+
+PREPARED |= dict.fromkeys(GATES, zeroed)
+PREPARED[aten._weight_norm.default] = lambda args, _: args  # the rewriter keeps what it gives, see `kept_norms`
+
+
+def _without_rows(args: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The end of a removed expert's rows, masked to zero, is that of the expert before it: it has no rows."""
+    x, weight, offsets, *rest = args
+    return x, weight, torch.cummax(offsets, 0).values, *rest
+
+
+PREPARED |= dict.fromkeys((aten._grouped_mm.default, "transformers.grouped_mm_fallback.default"), _without_rows)
+#: Operators that torch has no kernel of in double precision -> the same as a function.
+EXACT = {aten._grouped_mm.default: by_expert}
+
+
+def _extreme(pick: Callable[..., Any], value: float) -> Masked:
+    """Pick the index of an extreme entry of what is kept."""
+    return lambda x, mask, *args, **kwargs: pick(_filled(x, mask, value), *args, **kwargs)
+
+
+for _pick, _worst in ((aten.argmax.default, -math.inf), (aten.argmin.default, math.inf)):
+    MASKED[_pick] = _extreme(_pick, _worst)
+for _pick, _worst in ((aten.max.dim, -math.inf), (aten.min.dim, math.inf)):
+    MASKED[_pick] = _extreme(_pick, _worst)
+
+
+@_for(aten.topk.default)
+def _topk(x: Tensor, mask: Tensor, k: int, dim: int = -1, largest: bool = True, ordered: bool = True) -> Any:
+    return torch.topk(_filled(x, mask, -math.inf if largest else math.inf), k, dim, largest, ordered)

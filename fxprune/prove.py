@@ -6,6 +6,7 @@ reduction (`fxprune.masked`); both run in float64 and must agree to 1e-9 of the 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fxprune.capture import Captured, ModelState, Varying, eval_with
 from fxprune.errors import ProofError
 from fxprune.groups import describe
 from fxprune.kept import Kept
-from fxprune.masked import MASKED
+from fxprune.masked import EXACT, MASKED, PREPARED, zeroed
 from fxprune.rewrite import Rewritten
 
 #: Allowed error relative to the largest magnitude of the reference, by precision.
@@ -39,7 +40,7 @@ class Proof:
     Attributes:
         level: "full": float64, the model's own weights and randomised ones, example and random inputs;
             "quick": the model's own weights on a random input of batch 1 (a small image where the graph takes one), in
-            float32, and of linear layers only some rows.
+            float32. Of linear layers, the same for every row, some rows are compared at either level.
         error: largest difference, relative to the largest magnitude of the reference.
         tolerance: what would have been too much.
         runs: how many pairs of forward passes were compared.
@@ -79,14 +80,21 @@ def prove(
     tolerance, worst, runs = TOLERANCE[dtype], 0.0, 0
     masks = Kept({}) if lossless else kept
     capture_error = _capture_error(analysis, model) if level == "full" and model is not None else None
-    for inputs, randomise in _cases(analysis.captured, level, seed):
+    for candidates, randomise in _cases(analysis.captured, level, seed):
         weights = dense_weights(analysis.captured, randomise and not lossless, seed)
-        with torch.no_grad():
-            if level == "full":
-                expected = Reference(analysis, masks, weights, dtype).run(inputs)
-                error = _against(expected, _Upcast(pruned, analysis, kept, weights, dtype), inputs)
-            else:
-                inputs, error = _quick(analysis, masks, pruned, weights, inputs)
+        for inputs in candidates:
+            try:
+                with torch.no_grad():
+                    error = _lockstep(analysis, kept, masks, pruned, weights, inputs, dtype)
+                break
+            except (RuntimeError, IndexError):
+                if inputs is candidates[-1]:
+                    raise
+        if math.isnan(error):
+            raise ProofError(
+                "an output of the dense model holds not one finite number on inputs like the example's, so that "
+                "nothing can be compared: give the model weights and inputs that it computes with."
+            )
         if not error <= tolerance:
             where = _first_difference(analysis, kept, pruned, weights, inputs, dtype, tolerance)
             raise ProofError(
@@ -118,13 +126,38 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
     return error
 
 
-def _cases(captured: Captured, level: Level, seed: int) -> list[tuple[list[Any], bool]]:
-    """(inputs, whether to randomise the weights) of each comparison."""
+def _cases(captured: Captured, level: Level, seed: int) -> list[tuple[list[list[Any]], bool]]:
+    """(inputs, whether to randomise the weights) of each comparison; the first inputs that the graph takes are used.
+
+    The example's first row, and random rows on small images, show as much as all of it does, where the graph takes
+    them: it does not where a size is written into it.
+    """
     if level == "quick":
-        return [(random_inputs(captured, seed, batch=1), False)]
+        row = random_inputs(captured, seed, batch=1)
+        return [([*_shrunk(row), row], False)]
     meta = any(isinstance(x, Tensor) and x.is_meta for x in captured.inputs)
     first = random_inputs(captured, seed + 1) if meta else captured.inputs
-    return [(first, False), (random_inputs(captured, seed, batch=2), True)]
+    rows = random_inputs(captured, seed, batch=2)
+    return [([*_first_row(captured, first), first], False), ([*_shrunk(rows), rows], True)]
+
+
+def _first_row(captured: Captured, inputs: list[Any]) -> list[list[Any]]:
+    """The inputs at a batch of 1, where the batch is dynamic and larger."""
+    batched = {place for s in captured.symbols if s.name == "batch" for place in s.places}
+    names = [n.target for n in captured.graph.nodes if n.op == "placeholder"]
+    rows = [x[:1] if (name, 0) in batched else x for name, x in zip(names, inputs, strict=True)]
+    return [rows] if any(a is not b and len(b) > 1 for a, b in zip(rows, inputs, strict=True)) else []
+
+
+def _shrunk(inputs: list[Any]) -> list[list[Any]]:
+    """The inputs with images of 64 pixels, where there are larger ones."""
+
+    def shrunk(value: Any) -> Any:
+        images = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+        return value[..., :64, :64] if images and min(value.shape[-2:]) > 64 else value
+
+    small = [shrunk(x) for x in inputs]
+    return [small] if any(a is not b for a, b in zip(small, inputs, strict=True)) else []
 
 
 def random_inputs(captured: Captured, seed: int, batch: int | None = None) -> list[Any]:
@@ -192,6 +225,8 @@ def _difference(expected: list[Any], actual: list[Any]) -> float:
             if not a.numel():
                 continue
             finite = torch.isfinite(a) if a.is_floating_point() else torch.ones_like(a, dtype=torch.bool)
+            if not finite.any():
+                return float("nan")  # nothing of it can be compared
             if a.is_floating_point() and not torch.equal(finite, torch.isfinite(b)):
                 return float("inf")
             a, b = a[finite].double(), b[finite].double()
@@ -221,6 +256,8 @@ class _Double(fx.Interpreter):
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator, with the dtypes among its arguments replaced as well."""
         if not any(isinstance(v, torch.dtype) for v in [*args, *kwargs.values()]):
+            if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+                target = EXACT.get(target, target)
             result = target(*args, **kwargs)
         else:
             swap = lambda v: self.dtype or v if isinstance(v, torch.dtype) and v in _LOW else v  # noqa: E731
@@ -294,6 +331,10 @@ class Reference(_Double):
         if n in self._varying:
             args, kwargs = pytree.tree_map(self._literal, (args, kwargs), is_leaf=lambda v: isinstance(v, Varying))
         target, first = n.target, n.args[0] if n.args else None
+        weights_only = all(a.op == "get_attr" for a in n.all_input_nodes)  # these are not masked yet
+        prepare = PREPARED.get(target) or PREPARED.get(str(target)) or (zeroed if weights_only else None)
+        if prepare is not None:
+            args = prepare(args, fx.node.map_arg(n.args, lambda a: self.mask(a, self.env[a])))
         if target in MASKED and isinstance(first, fx.Node) and isinstance(args[0], Tensor):
             mask = self.mask(first, args[0])
             if mask is not None:
@@ -343,35 +384,28 @@ class _Sampled(Reference):
         return result
 
 
-def _quick(
-    analysis: Analysis, kept: Kept, pruned: Rewritten, weights: Callable[[str], Tensor], inputs: list[Any]
-) -> tuple[list[Any], float]:
-    """(inputs used, largest difference), on images of 64 pixels where the graph accepts them."""
-    small = [_shrunk(x) for x in inputs]
-    if any(a is not b for a, b in zip(small, inputs, strict=True)):
-        try:
-            return small, _lockstep(analysis, kept, pruned, weights, small)
-        except RuntimeError:
-            pass  # a size is written into the graph: take the real one
-    return inputs, _lockstep(analysis, kept, pruned, weights, inputs)
-
-
-def _shrunk(value: Any) -> Any:
-    images = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return value[..., :64, :64] if images and min(value.shape[-2:]) > 64 else value
+def _has_rows(node: fx.Node) -> bool:
+    """Whether the node is a linear layer on rows that depend on the inputs."""
+    if node.target is not torch.ops.aten.linear.default:
+        return False
+    rows = node.args[0]
+    return isinstance(rows, fx.Node) and rows.op != "get_attr" and len(node.meta["shape"]) > 1
 
 
 def _lockstep(
-    analysis: Analysis, kept: Kept, pruned: Rewritten, weights: Callable[[str], Tensor], inputs: list[Any]
+    analysis: Analysis,
+    kept: Kept,
+    masks: Kept,
+    pruned: Rewritten,
+    weights: Callable[[str], Tensor],
+    inputs: list[Any],
+    dtype: torch.dtype,
 ) -> float:
-    """The largest difference of any sampled row or output."""
-    dtype = torch.float32
-    linear = torch.ops.aten.linear.default
-    carried = {
-        small: dense
-        for dense, small in pruned.nodes.items()
-        if dense.target is linear and dense.args[0].op != "get_attr" and dense.meta["shape"][:-1] != ()  # type: ignore[union-attr]
-    }
+    """The largest difference of any sampled row or output; infinite where only the pruned module fails.
+
+    Rows are not sampled where what is removed is not masked in the reference: it is not zero there.
+    """
+    carried = {small: dense for dense, small in pruned.nodes.items() if masks is kept and _has_rows(dense)}
     values: dict[fx.Node, Tensor] = {}
 
     class Keep(_Upcast):
@@ -386,20 +420,11 @@ def _lockstep(
     small = Keep(pruned, analysis, kept, weights, dtype)
     try:
         actual = small.run(inputs)
-    except RuntimeError:
-        Reference(analysis, kept, weights, dtype).run(inputs)  # if this fails too, the inputs are to blame
+    except Exception:  # described when the first differing node is looked for
+        Reference(analysis, masks, weights, dtype).run(inputs)  # if this fails too, the inputs are to blame
         return float("inf")
-    reference = _Sampled(analysis, kept, weights, dtype, values=values)
+    reference = _Sampled(analysis, masks, weights, dtype, values=values)
     return max(_difference(reference.run(inputs), actual), reference.worst)
-
-
-def _against(expected: list[Any], pruned: _Upcast, inputs: list[Any]) -> float:
-    """The difference from what the pruned module returns; infinite where it cannot even run."""
-    try:
-        actual = pruned.run(inputs)
-    except Exception:  # it is run once more, and described, when the first differing node is looked for
-        return float("inf")
-    return _difference(expected, actual)
 
 
 class _Upcast(_Double):
@@ -410,14 +435,15 @@ class _Upcast(_Double):
     ) -> None:
         super().__init__(pruned.module, pruned.module.graph, dtype)
         self.names, self.analysis, self.kept, self.weights = pruned.names, analysis, kept, weights
-        self.biases = pruned.biases
+        self.biases, self.factors = pruned.biases, pruned.factors
 
     def _value(self, name: str, own: Tensor) -> Tensor:
         dense = self.names.get(name)
-        folded = self.biases.get(name if dense is None else dense)
-        if folded is not None:  # compared before it was rounded to the model's precision
+        folded, factor = self.biases.get(name if dense is None else dense), self.factors.get(dense or "")
+        if folded is not None or factor is not None:  # compared before it was rounded to the model's precision
             base = self.kept.select(self.weights(dense), self.analysis.tensors[dense]) if dense is not None else 0
-            return self.up(base) + self.up(folded)  # type: ignore[no-any-return]
+            base = self.up(base) if factor is None else self.up(base) * self.up(factor(self.weights))
+            return base if folded is None else base + self.up(folded)  # type: ignore[no-any-return]
         if dense is not None:
             value = self.weights(dense)
             if value.data_ptr() != self.analysis.captured.tensors[dense].data_ptr() or own.is_meta:
@@ -437,6 +463,8 @@ class _Upcast(_Double):
             try:
                 if all(state[k] is v for k, v in own if v is not None):
                     return layer.forward(*args, **kwargs)
+                if isinstance(layer, nn.RNNBase):
+                    return _recur(layer, state, args)
                 return functional_call(layer, state, args, kwargs)
             finally:
                 layer.training = training
@@ -444,6 +472,16 @@ class _Upcast(_Double):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return self.call(n.target, args, kwargs)
         return super().run_node(n)
+
+
+def _recur(layer: nn.RNNBase, state: dict[str, Tensor], args: Any) -> Any:
+    """Call a recurrent layer on other weights: it keeps a list of them, which `functional_call` does not see."""
+    own = layer._flat_weights
+    layer._flat_weights = [state[name] for name in layer._flat_weights_names]
+    try:
+        return layer(*args)
+    finally:
+        layer._flat_weights = own
 
 
 def _first_difference(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
@@ -16,10 +17,13 @@ from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Concat, Dim, Fixed, Product, Size
 from fxprune.capture import Varying
 from fxprune.kept import Kept
-from fxprune.layers import DROPOUTS, LAYERS, dropout
-from fxprune.rules.core import RULES, bind
+from fxprune.layers import DROPOUTS, LAYERS, RECURRENT, dropout, recurrent, refresh
+from fxprune.rules.core import bind, rule_of
+from fxprune.rules.normalisation import kept_norms
+from fxprune.rules.recurrent import GATES
 
 aten = torch.ops.aten
+Factor = Callable[[Callable[[str], Tensor]], Tensor]
 
 
 @dataclass(slots=True)
@@ -29,12 +33,14 @@ class Rewritten:
     Attributes:
         names: name of a tensor in the emitted module -> its name in the captured one.
         biases: what was added to which of its biases, before rounding to the model's precision.
+        factors: what its tensors were multiplied with, by captured name: a function of the dense weights by name.
     """
 
     module: fx.GraphModule
     nodes: dict[fx.Node, fx.Node]
     names: dict[str, str]
     biases: dict[str, Tensor]
+    factors: dict[str, Factor]
 
 
 def rewrite(analysis: Analysis, kept: Kept, model: nn.Module, biases: dict[str, Tensor] | None = None) -> Rewritten:
@@ -64,6 +70,8 @@ class _Rewriter:
     _sliced: dict[str, Tensor] = field(default_factory=dict)
     _layers: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     _children: dict[str, nn.Module] = field(default_factory=dict)
+    _factors: dict[str, Factor] = field(default_factory=dict)
+    _states: set[fx.Node] = field(default_factory=set)
     _last_input: fx.Node | None = None
     _modules: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -143,13 +151,15 @@ class _Rewriter:
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self._last_input = self.nodes[node] = self.graph.placeholder(node.target)
+            elif node.target is aten._weight_norm.default:
+                self._scale_norm(node)
         for node in captured.graph.nodes:
             if node.op == "call_function":
                 self.nodes[node] = self._rewritten(node)
                 self.nodes[node].meta = {k: node.meta[k] for k in ("path", "source", "dtype") if k in node.meta}
             elif node.op == "output":
                 self.nodes[node] = self.graph.output(self._mapped(node.args[0]))
-        return Rewritten(self._module(), self.nodes, self.names, self.biases)
+        return Rewritten(self._module(), self.nodes, self.names, self.biases, self._factors)
 
     def _mapped(self, tree: Any) -> Any:
         """The arguments in terms of the new graph."""
@@ -168,8 +178,14 @@ class _Rewriter:
     def _rewritten(self, node: fx.Node) -> fx.Node:
         if node.target in DROPOUTS:
             return self._dropout(node)
+        if node.target in RECURRENT:
+            layer = self._recurrent(node)
+            if layer is not None:
+                return layer
+        if node.target is operator.getitem and node.args[0] in self._states:
+            return self._state(node)
         target, args, kwargs = node.target, node.args, dict(node.kwargs)
-        rule = RULES.get(target)
+        rule = rule_of(target)
         named: dict[str, Any] = {}
         if target in LAYERS or (rule and rule.literals):
             positional, keyword = bind(target, args, kwargs)
@@ -188,6 +204,16 @@ class _Rewriter:
             return layer
         return self.graph.create_node("call_function", target, self._mapped(tuple(args)), self._mapped(kwargs))
 
+    def _scale_norm(self, node: fx.Node) -> None:
+        """Lower the norms that a weight is scaled to by what its slices lose, so that what is kept stays as it was."""
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        v, g = named["v"], named["g"]
+        if v.op != "get_attr" or g.op != "get_attr":
+            return
+        dims, dim = self.analysis.dims[v], named["dim"] % len(self.analysis.dims[v])
+        if any(self.kept.cut(d) for i, d in enumerate(dims) if i != dim):
+            self._factors[str(g.target)] = lambda weights: kept_norms(weights, str(v.target), dims, dim, self.kept)
+
     # ------------------------------------------------------------------ tensors
     def _tensor(self, name: str) -> Tensor:
         """The kept part of a tensor: a parameter stays one, nothing is shared with the model."""
@@ -196,6 +222,8 @@ class _Rewriter:
             with torch.no_grad():
                 small = self.kept.select(dense.detach(), self.analysis.tensors[name])
                 small = small.clone() if small.data_ptr() == dense.data_ptr() or small.is_inference() else small
+                if name in self._factors:
+                    small = small * self._factors[name](self.analysis.captured.tensors.__getitem__).to(small)
                 if name in self.biases:
                     small = small + self.biases[name].to(small)
             if isinstance(dense, nn.Parameter):
@@ -294,6 +322,8 @@ class _Rewriter:
             weight = tensors["weight"]
             tensors["bias"] = nn.Parameter(self.biases[f"{path}.bias"].to(weight), requires_grad=weight.requires_grad)
         layer: nn.Module = kind.build(tensors, others)
+        for own in set(layer._parameters) - set(tensors):  # a norm with a weight and no bias, or the other way round
+            layer.register_parameter(own, None)
         for own, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter) or own not in layer._buffers:
                 layer._buffers.pop(own, None)
@@ -312,6 +342,56 @@ class _Rewriter:
                 )
         self._install(path, layer)
         return layer
+
+    def _recurrent(self, node: fx.Node) -> fx.Node | None:
+        """Emit a recurrent operator as its torch.nn layer, or None where its weights are not those of one layer."""
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        params = [p for p in named["params"] if isinstance(p, fx.Node) and p.op == "get_attr"]
+        path = node.meta.get("path", "")
+        original = self._modules.get(path)
+        if not isinstance(original, nn.RNNBase) or len(params) != len(named["params"]):
+            return None
+        aliases = self.analysis.captured.aliases
+        names = [f"{path}.{own}" for own in original._flat_weights_names]
+        if [aliases.get(n, n) for n in names] != [str(p.target) for p in params]:
+            return None
+        if path not in self._children:
+            tensors = [self._tensor(str(p.target)) for p in params]
+            hidden = tensors[1].shape[0] // GATES[node.target]
+            projection = int(tensors[1].shape[1]) if original.proj_size else 0
+            sizes = (int(tensors[0].shape[1]), hidden, projection)
+            layer = recurrent(node.target, sizes, named, original.dropout)
+            for name, parameter, tensor in zip(names, params, tensors, strict=True):
+                layer._parameters[name.rpartition(".")[2]] = tensor  # type: ignore[assignment]
+                self.names[name] = str(parameter.target)
+            refresh(layer)
+            self._install(path, layer)
+            self._children[path] = layer
+        self._states.add(node)
+        given = [s for s in pytree.tree_leaves(named["hx"]) if not self._default_state(s, node)]
+        states = self._mapped(named["hx"]) if given else ()
+        states = (tuple(states) if isinstance(states, list) else states,) if given else ()
+        return self.graph.call_module(path, (self._mapped(named["input"]), *states))
+
+    def _default_state(self, state: fx.Node, node: fx.Node) -> bool:
+        """Whether the layer makes this state itself, zeros in the type of its input; its node is taken away."""
+        if (
+            state.target is not aten.zeros.default
+            or set(state.users) != {node}
+            or state.meta["path"] != node.meta["path"]
+        ):
+            return False
+        if state in self.nodes:
+            self.graph.erase_node(self.nodes.pop(state))
+        return True
+
+    def _state(self, node: fx.Node) -> fx.Node:
+        """One result of a recurrent layer: it returns (output, state), the state of an LSTM being two tensors."""
+        source, number = node.args
+        whole = self.nodes[source]  # type: ignore[index]
+        if source.target is not aten.lstm.input or number == 0:  # type: ignore[union-attr]
+            return self._call(operator.getitem, (whole, number))
+        return self._call(operator.getitem, (self._call(operator.getitem, (whole, 1)), number - 1))  # type: ignore[operator]
 
     @staticmethod
     def _buffer(layer: nn.Module, name: str, tensor: Tensor) -> None:
@@ -340,6 +420,9 @@ class _Rewriter:
     # ------------------------------------------------------------------ the module
     def _module(self) -> fx.GraphModule:
         captured = self.analysis.captured
+        for symbol in self._symbols.values():
+            if not symbol.users:
+                self.graph.erase_node(symbol)
         self.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(self._argument_names(), captured.in_spec, captured.out_spec)))
         module = fx.GraphModule(self.root, self.graph, class_name=type(self.model).__name__)
         for name in self.transient:

@@ -35,7 +35,7 @@ def choose(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs
     _check_globs(analysis, recipe)
     kind, share = recipe.target.cost
     steps = {g.name: step(g, multiple) for g in eligible}
-    least = {g.name: max(1, math.ceil(recipe.floor * g.size)) for g in eligible}
+    least = {g.name: max(g.least, math.ceil(recipe.floor * g.size)) for g in eligible}
     statistics = Statistics(analysis, recipe.seed)
     scores = {g.name: score(g, statistics) for g in eligible}
     try:

@@ -26,7 +26,7 @@ from fxprune.masked import MASKED
 from fxprune.passes.choose import blocked
 from fxprune.prove import Reference, dense_weights, random_inputs
 from fxprune.recipe import Recipe
-from fxprune.rules.core import RULES, bind
+from fxprune.rules.core import bind, rule_of
 from fxprune.rules.pointwise import pointwise
 
 aten = torch.ops.aten
@@ -58,8 +58,8 @@ def find_dead(analysis: Analysis, groups: list[Group], recipe: Recipe) -> tuple[
     for group in groups:
         if blocked(group, recipe) is None:
             alive = ~_dead_units(analysis, constants, group.axis)
-            if not alive.any():
-                alive[0] = True  # an empty layer is not a layer; one dead unit stays
+            missing = max(group.least - int(alive.sum()), 0)  # an empty layer is not a layer: some dead units stay
+            alive[np.flatnonzero(~alive)[:missing]] = True
             kept[group.axis] = np.flatnonzero(alive)
     selection = Kept(kept)
     with torch.no_grad():
@@ -103,7 +103,8 @@ class _Constants(Reference):
             return row.expand(*self.values[positional["indices"]].shape, -1)
         known = fx.node.map_arg((n.args, dict(n.kwargs)), lambda a: _number(self.values[a]))
         result = self._run_on(n, *known)
-        if RULES.get(n.target) is not None and RULES[n.target].infer is pointwise and isinstance(result, Tensor):
+        rule = rule_of(n.target)
+        if rule is not None and rule.infer is pointwise and isinstance(result, Tensor):
             unknown = torch.zeros(result.shape, dtype=torch.bool)
             for a in n.all_input_nodes:
                 unknown = unknown | _unknown_mask(self.values[a])
@@ -162,11 +163,11 @@ class _Constants(Reference):
         return torch.where(silent, torch.zeros_like(result), torch.full_like(result, NAN))
 
     def _honest(self, n: fx.Node) -> bool:
-        rule = RULES.get(n.target)
+        rule = rule_of(n.target)
         if rule is None:
             return n.target.__class__.__name__ == "builtin_function_or_method"  # operator.getitem
         family = rule.infer.__module__.rpartition(".")[2]
-        name = rule.target.overloadpacket.__name__
+        name = str(rule.target).split(".")[-2]
         floats = all(_is_float(self.values[a]) for a in n.all_input_nodes)
         return floats and (family in _HONEST or name in _HONEST_NAMES)
 
@@ -271,6 +272,8 @@ def _mixes(node: fx.Node, dims: Any, carries: list[int]) -> bool:
         return False
     named, _ = bind(node.target, node.args, dict(node.kwargs))
     rank = len(dims)
+    if "running_mean" in named:
+        return any(i != 1 for i in carries) and (named["training"] or named["running_mean"] is None)
     if "normalized_shape" in named:
         return any(i >= rank - len(named["normalized_shape"]) for i in carries)
     if "num_groups" in named:

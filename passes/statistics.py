@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxprune.analyse import Analysis
+from fxprune.axes import atoms
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import Group, positions
 
@@ -32,7 +33,7 @@ class Statistics:
     def weight_sums(self, name: str, dim: int, p: float) -> Scores:
         """Return the sum of |w|^p over all other dimensions of a parameter, one number for each index of `dim`.
 
-        `dim` is not a kernel dimension.
+        `dim` is one that a group cuts.
 
         Raises:
             NonFiniteError: the parameter holds NaN or infinity.
@@ -50,9 +51,9 @@ class Statistics:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()
         power = tensor * tensor if p == 2 else tensor.abs() ** p
-        if power.dim() > 3:
-            power = power.flatten(2).sum(2)
-        for dim in range(power.dim()):  # nothing ever cuts a kernel dimension
+        if power.dim() > 3 and not any(True for d in self.analysis.tensors[name][2:] for _ in atoms(d)):
+            power = power.flatten(2).sum(2)  # the kernel, which nothing cuts
+        for dim in range(power.dim()):
             sums = power.sum([d for d in range(power.dim()) if d != dim]) if power.dim() > 1 else power
             values = sums.double().cpu().numpy()
             if not np.isfinite(values).all():

@@ -11,6 +11,8 @@ One file for each family:
 - `indexing`       embedding, select, gather, index, index_put
 - `creation`       zeros, full, arange
 - `spatial`        pooling and interpolation
+- `recurrent`      LSTM, GRU, RNN, and their cells
+- `experts`        grouped matrix products of mixtures of experts
 
 A rule is a function `rule(site, *operands and arguments)`: tensor operands arrive as tuples of dimensions, other
 arguments as in the operator's schema with its defaults filled in. It equates dimensions through `site` and returns the
@@ -29,10 +31,12 @@ def load() -> None:
         attention,
         contraction,
         creation,
+        experts,
         indexing,
         movement,
         normalisation,
         pointwise,
+        recurrent,
         reduction,
         spatial,
     )

@@ -22,6 +22,19 @@ def as_size(value: Any) -> Size:
     return value.values if isinstance(value, Varying) else int(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the numbers in a tensor say about an axis.
+
+    Attributes:
+        kind: "index": each is an index of it; "histogram": how often each index occurs, along the last dimension;
+            "offsets": the same, summed up from the first on.
+    """
+
+    dim: Dim
+    kind: str
+
+
 @dataclass(slots=True)
 class Site:
     """What a rule sees of the node it is applied to.
@@ -30,12 +43,16 @@ class Site:
         shape: the sizes of the result, or a list of them where there are several results.
         macs: filled by `multiply`: each entry is one contraction, whose multiply-accumulates are the product of the
             sizes.
+        least: filled by `at_least`.
+        counted: which integer tensors hold indices of an axis, see `fxprune.counted`.
     """
 
     axes: Axes
     node: fx.Node
     shape: Any
     macs: list[Dims] = field(default_factory=list)
+    least: list[tuple[Dim, int]] = field(default_factory=list)
+    counted: dict[fx.Node, Counted] = field(default_factory=dict)
 
     def unify(self, a: Dim, b: Dim) -> Dim:
         """Equate two dimensions; returns the common one."""
@@ -52,6 +69,18 @@ class Site:
     def multiply(self, *dims: Dim) -> None:
         """Record a contraction: one multiply-accumulate for each index of all these dimensions together."""
         self.macs.append(dims)
+
+    def at_least(self, dim: Dim, count: int) -> None:
+        """Say that the operator needs so many indices of a dimension."""
+        self.least.append((dim, count))
+
+    def picked(self, dim: Dim, index: Any, why: str) -> None:
+        """Entries of `dim` are picked by the integers of `index`: they count along an axis, or `dim` stays whole."""
+        counted = self.counted.get(index) if isinstance(index, fx.Node) else None
+        if counted is not None and counted.kind == "index":
+            self.unify(dim, counted.dim)
+        else:
+            self.freeze(dim, why)
 
     def broadcast(self, *operands: Dims) -> Dims:
         """Equate dimensions aligned from the right, as element-wise operators do; size 1 stretches."""
@@ -107,8 +136,13 @@ class Rule:
     literals: Recompute | None = None
 
 
-#: Operator overload -> its rule.
+#: Operator overload -> its rule; of operators that a library defines when it is imported, the name of the overload.
 RULES: dict[Any, Rule] = {}
+
+
+def rule_of(target: Any) -> Rule | None:
+    """Return the rule of what a node calls, or None."""
+    return RULES.get(target) or RULES.get(str(target))
 
 
 def overloads(packet: Any) -> Iterable[Any]:
@@ -116,7 +150,7 @@ def overloads(packet: Any) -> Iterable[Any]:
 
     TorchScript's own overloads (on numbers, strings, lists and dictionaries; `to.prim_...`) never occur in a graph.
     """
-    if not hasattr(packet, "overloads"):
+    if not hasattr(packet, "overloads"):  # an overload, or its name
         yield packet
         return
     for name in packet.overloads():
@@ -130,7 +164,8 @@ def register_rule(target: Any, infer: Infer, literals: Recompute | None = None) 
     """Teach the compiler an operator: yours (from `torch.library`), or one of torch's that has no rule yet.
 
     Args:
-        target: an operator overload such as `torch.ops.mylib.swish.default`, or a packet for all its overloads.
+        target: an operator overload such as `torch.ops.mylib.swish.default`, a packet for all its overloads, or, where
+            the operator need not exist yet, the overload's name, "mylib.swish.default".
         infer: `infer(site, *arguments) -> dimensions of the result`.
         literals: recomputes arguments that are sizes of prunable dimensions, where the operator has any.
 
@@ -204,5 +239,5 @@ def positive(dim: int, rank: int) -> int:
 
 __all__ = [
     *("RULES", "Dims", "Infer", "Literals", "Misfit", "ONE", "Recompute", "Rule", "Site", "as_size", "aten", "bind"),
-    *("output_shape", "overloads", "positive", "register_rule", "rule"),
+    *("Counted", "output_shape", "overloads", "positive", "register_rule", "rule", "rule_of"),
 ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxprune.axes import ONE, Fixed
-from fxprune.rules.core import Dims, Site, aten, positive, rule
+from torch import fx
+
+from fxprune.axes import ONE, Fixed, size_of
+from fxprune.rules.core import Dims, Literals, Site, aten, positive, rule
 
 
 @rule(aten.embedding.default)
 def embedding(site: Site, weight: Dims, index: Dims, *_: Any) -> Dims:
     """weight (rows, width), index (...) -> (..., width)."""
-    site.freeze(weight[0], "its rows are looked up by index")
+    site.picked(weight[0], site.node.args[1], "its rows are looked up by index")
     return (*index, *weight[1:])
 
 
@@ -41,19 +43,53 @@ def select_scatter(site: Site, x: Dims, source: Dims, dim: int, _index: Any) -> 
 @rule(aten.index_select.default)
 def index_select(site: Site, x: Dims, dim: int, index: Dims) -> Dims:
     dim = positive(dim, len(x))
-    site.freeze(x[dim], "its entries are picked by index")
+    site.picked(x[dim], site.node.args[2], "its entries are picked by index")
     return (*x[:dim], index[0] if index else ONE, *x[dim + 1 :])
+
+
+def _along(site: Site, x: Dims, dim: int, index: Dims, node: Any) -> int:
+    """Position by position the dimensions of x and of an index are the same, but for `dim`, whose entries it picks."""
+    dim = positive(dim, len(x)) if x else 0
+    for i, (a, b) in enumerate(zip(x, index, strict=True)):
+        if i == dim:
+            site.picked(a, node, "its entries are picked by index")
+            site.freeze(b, "it is a dimension of an index")
+        elif size_of(a) == size_of(b):
+            site.unify(a, b)
+        else:
+            site.freeze(a, "an index takes part of it")
+            site.freeze(b, "it is a dimension of an index")
+    return dim
 
 
 @rule(aten.gather.default)
 def gather(site: Site, x: Dims, dim: int, index: Dims, **_: Any) -> Dims:
     """Along `dim` entries are picked; the other dimensions are those of the index, position by position."""
-    dim = positive(dim, len(x)) if x else 0
-    for i, (a, b) in enumerate(zip(x, index, strict=True)):
-        if i == dim or a != b:
-            site.freeze(a, "its entries are picked by index")
-            site.freeze(b, "it is a dimension of an index")
+    _along(site, x, dim, index, site.node.args[2])
     return tuple(site.axes.resolve(d) for d in index)
+
+
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+def scatter(site: Site, x: Dims, dim: int, index: Dims, source: Any = None, **_: Any) -> Dims:
+    """Along `dim` entries are overwritten, or added to; index and source have the same dimensions."""
+    dim = _along(site, x, dim, index, site.node.args[2])
+    if isinstance(source, tuple):
+        for i, d in enumerate(source):
+            if i != dim and size_of(d) == size_of(x[i]):
+                site.unify(d, x[i])
+            else:
+                site.freeze(d, "it is written by index")
+    return tuple(site.axes.resolve(d) for d in x)
+
+
+@rule(aten.index_add.default, aten.index_copy.default)
+def index_add(site: Site, x: Dims, dim: int, index: Dims, source: Dims, **_: Any) -> Dims:
+    """Entries along `dim` are added to, or overwritten, by index; the other dimensions are those of the source."""
+    dim = positive(dim, len(x))
+    site.picked(x[dim], site.node.args[2], "its entries are written by index")
+    site.freeze(source[dim], "it is written by index")
+    rest = site.broadcast((*x[:dim], ONE, *x[dim + 1 :]), (*source[:dim], ONE, *source[dim + 1 :]))
+    return (*rest[:dim], site.axes.resolve(x[dim]), *rest[dim + 1 :])
 
 
 @rule(aten.index.Tensor)
@@ -61,8 +97,9 @@ def index(site: Site, x: Dims, indices: Sequence[Dims | None]) -> Dims:
     """Indexed dimensions are replaced by those of the (broadcast) indices, as in NumPy."""
     where = [i for i, ix in enumerate(indices) if ix is not None]
     given = [ix for ix in indices if ix is not None]
+    nodes: Any = site.node.args[1]
     for i in where:
-        site.freeze(x[i], "its entries are picked by index")
+        site.picked(x[i], nodes[i], "its entries are picked by index")
     picked = site.broadcast(*given)
     rest = [d for i, d in enumerate(x) if i >= len(indices) or indices[i] is None]
     if where == list(range(where[0], where[-1] + 1)):
@@ -84,6 +121,17 @@ def index_put(site: Site, x: Dims, indices: Sequence[Dims | None], values: Dims,
     return tuple(site.axes.resolve(d) for d in x)
 
 
-@rule(aten.one_hot.default)
-def one_hot(site: Site, x: Dims, *_: Any) -> Dims:
+def _classes(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    classes = rw.dims(node)[-1]
+    return {"num_classes": rw.size(classes)} if rw.cut(classes) else {}
+
+
+@rule(aten.one_hot.default, literals=_classes)
+def one_hot(site: Site, x: Dims, classes: int = -1) -> Dims:
+    """One more dimension of so many classes: the axis, where the numbers are all indices of one."""
+    counted = site.counted.get(site.node.args[0])  # type: ignore[arg-type]
+    if counted is not None and counted.kind == "index" and classes == size_of(counted.dim):
+        return (*x, site.axes.resolve(counted.dim))
+    if counted is not None:
+        site.freeze(counted.dim, "its indices are coded with another number of classes")
     return (*x, Fixed(site.shape[-1], "classes of a one-hot code"))

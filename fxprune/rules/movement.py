@@ -132,7 +132,15 @@ def repeat(site: Site, x: Dims, repeats: Sequence[Any]) -> Dims:
     return tuple(product([Fixed(n, "copies"), d]) for n, d in zip(counts, dims, strict=True))
 
 
-@rule(aten.repeat_interleave.self_int)
+def _repeated_size(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """The size of the result is an optional argument: what is left of it."""
+    if args.get("output_size") is None:
+        return {}
+    dims = rw.dims(node)
+    return {"output_size": rw.size(dims[0 if args["dim"] is None else args["dim"]])}
+
+
+@rule(aten.repeat_interleave.self_int, literals=_repeated_size)
 def repeat_interleave(site: Site, x: Dims, count: Any, dim: int | None = None, **_: Any) -> Dims:
     """Each index is repeated in place: the copy number is the minor factor."""
     if dim is None:
@@ -272,10 +280,24 @@ def slice_scatter(
     return (*rest[:dim], x[dim], *rest[dim + 1 :])
 
 
-@rule(aten.pad.default)
-@rule(aten.constant_pad_nd.default)
+def _pad_amounts(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """A negative amount cuts off as many indices as are left of those that it cut off."""
+    x, amounts = rw.dims(args["self"]), list(args["pad"])
+    for i in range(len(amounts) // 2):
+        have = x[len(x) - 1 - i]
+        left, right = amounts[2 * i], amounts[2 * i + 1]
+        if rw.cut(have) and isinstance(left, int) and isinstance(right, int) and min(left, right) < 0:
+            first, last = max(-left, 0), max(-right, 0)
+            ends = rw.pieces(have, [first, plus(size_of(have), -first - last), last])
+            amounts[2 * i : 2 * i + 2] = [
+                -rw.size(end) if amount < 0 else amount for end, amount in zip(ends[::2], (left, right), strict=True)
+            ]
+    return {"pad": amounts} if amounts != list(args["pad"]) else {}
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default, literals=_pad_amounts)
 def pad(site: Site, x: Dims, amounts: Sequence[Any], mode: Any = "constant", value: Any = None) -> Dims:
-    """Constant padding concatenates fixed parts (a negative amount cuts); reflection and the like freeze."""
+    """Constant padding concatenates fixed parts, a negative amount cuts pieces off; reflection and the like freeze."""
     dims = list(x)
     for i in range(len(amounts) // 2):
         d = len(x) - 1 - i
@@ -288,11 +310,10 @@ def pad(site: Site, x: Dims, amounts: Sequence[Any], mode: Any = "constant", val
         elif (isinstance(mode, str) and mode != "constant") or isinstance(left, tuple) or isinstance(right, tuple):
             site.freeze(have, "it is padded by reflection or repetition")
             dims[d] = Fixed(site.shape[d], "padding")
-        elif left < 0 or right < 0:
-            site.freeze(have, "padding with a negative amount cuts it")
-            dims[d] = Fixed(site.shape[d], "padding")
         else:
-            dims[d] = concat([Fixed(left, "padding"), have, Fixed(right, "padding")])
+            first, last = max(-left, 0), max(-right, 0)
+            _, piece, _ = site.axes.cut(have, [first, plus(size_of(have), -first - last), last], site.node)
+            dims[d] = concat([Fixed(max(left, 0), "padding"), piece, Fixed(max(right, 0), "padding")])
     return tuple(dims)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from fxprune.axes import product
+from fxprune.axes import ONE, product, size_of
 from fxprune.rules.core import Dims, Literals, Site, aten, positive, rule
 
 
@@ -53,7 +54,9 @@ def _num_groups(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, 
 @rule(aten.group_norm.default, literals=_num_groups)
 def group_norm(site: Site, x: Dims, groups: int, *rest: Any) -> Dims:
     """x (N, groups * C, ...), normalised over C and what follows; weight and bias (groups * C)."""
-    site.axes.split(x[1], groups, site.node)
+    _, minor = site.axes.split(x[1], groups, site.node)
+    if len(x) == 2 and size_of(minor) != 1:
+        site.at_least(minor, 2)  # torch refuses to normalise single numbers
     for vector in rest[:2]:
         if vector is not None:
             site.unify(x[1], vector[0])
@@ -68,3 +71,36 @@ def prelu(site: Site, x: Dims, weight: Dims) -> Dims:
     if len(x) > 1 and product(weight) != product(()):
         site.unify(x[positive(1, len(x))], weight[0])
     return x
+
+
+def kept_norms(weights: Any, v: str, dims: Dims, dim: int, kept: Any) -> Tensor:
+    """The share of its norm that each slice of a weight along `dim` keeps, (1, ..., kept, ..., 1) in double precision.
+
+    Args:
+        weights: tensor name -> its dense value.
+        v: name of the weight; `dims` are its dimensions.
+    """
+    others = [i for i in range(len(dims)) if i != dim]
+    dense = weights(v).double()
+    whole = torch.linalg.vector_norm(dense, dim=others, keepdim=True)
+    left = torch.linalg.vector_norm(kept.select(dense, dims), dim=others, keepdim=True)
+    whole = kept.select(whole, tuple(d if i == dim else ONE for i, d in enumerate(dims)))
+    result: Tensor = left / whole.clamp_min(1e-300)
+    return result
+
+
+@rule(aten._weight_norm.default)
+def weight_norm(site: Site, v: Dims, g: Dims, dim: int = 0) -> Dims:
+    """v scaled to the norm g in each slice along `dim`.
+
+    What is removed from a slice takes no part in its norm; the rewriter lowers g by as much (`kept_norms`), so that the
+    scaled weights stay what they were. It can where both are parameters of this one operator.
+    """
+    operands = site.node.all_input_nodes
+    alone = len(operands) == 2 and all(n.op == "get_attr" and len(n.users) == 1 for n in operands)
+    for i, d in enumerate(v):
+        if len(g) == len(v) and i == positive(dim, len(v)):
+            site.unify(d, g[i])
+        elif not alone:
+            site.freeze(d, "a norm is taken over it, which more than this weight depends on")
+    return tuple(site.axes.resolve(d) for d in v)

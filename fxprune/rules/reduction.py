@@ -5,11 +5,14 @@ Reducing a pruned axis is legal: it means "as if what was removed were not there
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
-from fxprune.axes import ONE
-from fxprune.rules.core import Dims, Site, aten, positive, rule
+from torch import fx
+
+from fxprune.axes import ONE, Fixed, size_of
+from fxprune.rules.core import Counted, Dims, Literals, Site, aten, positive, rule
 
 
 def reduced(x: Dims, dims: Any, keepdim: bool) -> Dims:
@@ -38,18 +41,30 @@ def norm(site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = 
     return reduced(x, dims, keepdim)
 
 
+def _enough(site: Site, x: Dims, dims: Any, correction: float) -> None:
+    """An unbiased variance divides by one less than the number of entries."""
+    if correction > 0:
+        for d in x if dims is None else [x[i] for i in (dims if isinstance(dims, list | tuple) else [dims])]:
+            site.at_least(d, int(correction) + 1)
+
+
 @rule(aten.var.correction, aten.std.correction)
-def variance(site: Site, x: Dims, dims: Any = None, *, keepdim: bool = False, **_: Any) -> Dims:
+def variance(site: Site, x: Dims, dims: Any = None, *, correction: Any = None, keepdim: bool = False) -> Dims:
+    _enough(site, x, dims, 1 if correction is None else correction)
     return reduced(x, dims, keepdim)
 
 
 @rule(aten.var.dim, aten.std.dim)
 def variance_dim(site: Site, x: Dims, dims: Any, unbiased: bool = True, keepdim: bool = False) -> Dims:
+    _enough(site, x, dims, int(unbiased))
     return reduced(x, dims, keepdim)
 
 
 @rule(aten.var_mean.correction)
-def variance_and_mean(site: Site, x: Dims, dims: Any = None, *, keepdim: bool = False, **_: Any) -> list[Dims]:
+def variance_and_mean(
+    site: Site, x: Dims, dims: Any = None, *, correction: Any = None, keepdim: bool = False
+) -> list[Dims]:
+    _enough(site, x, dims, 1 if correction is None else correction)
     return [reduced(x, dims, keepdim)] * 2
 
 
@@ -58,7 +73,7 @@ def softmax(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     return x
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
+@rule(aten.cumprod.default, aten.logcumsumexp.default)
 def scan(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
     result = list(x)
     result[dim] = site.freeze(x[dim], "it is accumulated index by index")
@@ -72,24 +87,46 @@ def diff(site: Site, x: Dims, n: int = 1, dim: int = -1, *rest: Any) -> Dims:
     return tuple(outs[i] if i == positive(dim, len(x)) else d for i, d in enumerate(x))
 
 
+def _indices(site: Site, x: Dims, dim: int, result: fx.Node | None) -> None:
+    """The node holds indices of x's dimension; while they are only used as such it can be cut (`fxprune.counted`)."""
+    if result is not None:
+        site.counted[result] = Counted(x[dim], "index")
+
+
+def _second(node: fx.Node) -> fx.Node | None:
+    """The node that takes the second result."""
+    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == 1), None)
+
+
+@rule(aten.topk.default)
+def topk(site: Site, x: Dims, k: int, dim: int = -1, *_: Any, **__: Any) -> list[Dims]:
+    """The k largest or smallest of what is kept, and their indices."""
+    dim = positive(dim, len(x))
+    site.at_least(x[dim], k)
+    _indices(site, x, dim, _second(site.node))
+    return [tuple(Fixed(k, "ranked entries") if i == dim else d for i, d in enumerate(x))] * 2
+
+
 @rule(aten.argmax.default, aten.argmin.default)
 def arg(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False) -> Dims:
-    for i in range(len(x)) if dim is None else [dim]:
-        site.freeze(x[i], "the index of its largest entry is used")
+    if dim is None:
+        for d in x:
+            site.freeze(d, "the index of its largest entry is used")
+    else:
+        _indices(site, x, dim, site.node)
     return reduced(x, dim, keepdim)
 
 
 @rule(aten.max.dim, aten.min.dim)
 def arg_and_value(site: Site, x: Dims, dim: int, keepdim: bool = False) -> list[Dims]:
-    site.freeze(x[dim], "the index of its largest entry is used")
+    _indices(site, x, dim, _second(site.node))
     return [reduced(x, dim, keepdim)] * 2
 
 
-@rule(aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default)
+@rule(aten.sort.default, aten.sort.stable, aten.argsort.default)
 def rank(site: Site, x: Dims, *args: Any, **kwargs: Any) -> Any:
     """The ranked dimension is frozen whole; the others pass."""
-    number = 1 if site.node.target is aten.topk.default else 0
-    dim = kwargs.get("dim", args[number] if len(args) > number else -1)
+    dim = kwargs.get("dim", args[0] if args else -1)
     dim = positive(dim, len(x))
     site.freeze(x[dim], "its entries are ranked")
     outs: Any = site.outputs("ranked entries")
@@ -106,3 +143,31 @@ def glu(site: Site, x: Dims, dim: int = -1) -> Dims:
     half: Sequence[Any] = site.shape[dim]
     first, second = site.axes.cut(x[dim], [half, half], site.node)  # type: ignore[list-item]
     return (*x[:dim], site.unify(first, second), *x[dim + 1 :])
+
+
+def _bins(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    (bins,) = rw.dims(node)
+    return {"bins": rw.size(bins), "max": rw.size(bins) - 1} if rw.cut(bins) else {}
+
+
+@rule(aten.histc.default, literals=_bins)
+def histc(site: Site, x: Dims, bins: int = 100, low: Any = 0, high: Any = 0) -> Dims:
+    """Of indices of an axis, one bin for each of them: a histogram along the axis."""
+    for d in x:
+        site.freeze(d, "its entries are counted together")
+    source = site.node.args[0]
+    counted = site.counted.get(source)  # type: ignore[arg-type]
+    if counted is None:
+        return (Fixed(bins, "bins"),)
+    if counted.kind != "index" or (bins, low, high) != (size_of(counted.dim), 0, bins - 1):
+        site.freeze(counted.dim, "its indices are counted in bins of another number")
+        return (Fixed(bins, "bins"),)
+    site.counted[site.node] = Counted(counted.dim, "histogram")
+    return (site.axes.resolve(counted.dim),)
+
+
+@rule(aten.cumsum.default)
+def cumsum(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
+    """Summing up a histogram of indices, what is removed adds nothing; any other dimension stays whole."""
+    counted = site.counted.get(site.node.args[0])  # type: ignore[arg-type]
+    return x if counted is not None and counted.kind == "histogram" else scan(site, x, dim)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 FAMILIES = (
     *("attention", "contraction", "creation", "indexing", "movement", "normalisation", "pointwise", "reduction"),
-    "spatial",
+    *("experts", "recurrent", "spatial"),
 )
 
 

@@ -34,25 +34,25 @@ def analysed(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Analysis, list[
 
 # ---------------------------------------------------------------------- what is kept
 def selections(groups: list[Group], seed: int) -> Iterator[Kept]:
-    """Yield what may be kept: of each group alone, and of all together, a random part, one unit, all but one unit."""
+    """Yield what may be kept: of each group alone, and of all together, a random part, the fewest, all but one."""
     rng = np.random.default_rng(seed)
 
     def pick(size: int, count: int) -> Order:
         return np.sort(rng.choice(size, count, replace=False))
 
     def some(group: Group) -> Order:
-        return pick(group.size, int(rng.integers(1, group.size)))
+        return pick(group.size, int(rng.integers(group.least, group.size)))
 
     for which in [[g] for g in groups] + ([groups] if len(groups) > 1 else []):
         yield Kept({g.axis: some(g) for g in which})
-        yield Kept({g.axis: pick(g.size, 1) for g in which})
+        yield Kept({g.axis: pick(g.size, g.least) for g in which})
         yield Kept({g.axis: pick(g.size, g.size - 1) for g in which})
 
 
 def random_kept(groups: list[Group], seed: int) -> Kept:
     """Return a random part of every group."""
     rng = np.random.default_rng(seed)
-    return Kept({g.axis: np.sort(rng.choice(g.size, rng.integers(1, g.size + 1), replace=False)) for g in groups})
+    return Kept({g.axis: np.sort(rng.choice(g.size, rng.integers(g.least, g.size + 1), replace=False)) for g in groups})
 
 
 # ---------------------------------------------------------------------- the emitted module

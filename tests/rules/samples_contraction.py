@@ -48,7 +48,14 @@ def _einsum(equation: str, function: Function, groups: list[int], *shape: int) -
     return sample(aten.einsum.default, function, *shape, groups=groups, note=equation)
 
 
+def _position_bias(net: Net, x: Tensor) -> Tensor:
+    """A small network on a table of coordinates scales the channels: weights times weights."""
+    scale = net.linear(net.linear(net.parameter(8, 4), 6).relu(), 1)
+    return net.linear(net.linear(x, 8).sin() * scale.squeeze(1), 3)
+
+
 SAMPLES = [
+    sample(aten.linear.default, _position_bias, groups=[4, 6, 8], note="of weights"),
     sample(aten.linear.default, lambda net, x: net.linear(_hidden(net, x), 3), groups=[8]),
     sample(aten.linear.default, lambda net, x: net.linear(net.linear(x, 8, False), 3), groups=[8], note="no bias"),
     sample(

@@ -45,7 +45,22 @@ def _put(net: Net, x: Tensor, *values: int) -> Tensor:
     return net.linear(aten.index_put.default(h, [None, _at([0, 2])], net.parameter(*values)), 3)
 
 
+def _written(net: Net, x: Tensor, target: Any, *rest: Any) -> Tensor:
+    """Rows 2 and 0 are written to."""
+    h = _hidden(net, x)
+    source = rest or (net.linear(x[:, :2], 8),)
+    index = _at([2, 0]) if target not in _SCATTERS else _at([2, 0]).view(1, 2, 1).expand(x.shape[0], 2, h.shape[2])
+    return net.linear(target(h, 1, index, *source), 3)
+
+
+_SCATTERS = (aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+
 SAMPLES = [
+    *[
+        sample(t, lambda net, x, t=t: _written(net, x, t), 4, 5, groups=[8])
+        for t in (aten.scatter.src, aten.scatter_add.default, aten.index_add.default, aten.index_copy.default)
+    ],
+    sample(aten.scatter.value, lambda net, x: _written(net, x, aten.scatter.value, 0.5), 4, 5, groups=[8]),
     sample(
         aten.embedding.default,
         lambda net, x: net.linear(aten.embedding.default(net.parameter(9, 8), x).tanh(), 3),

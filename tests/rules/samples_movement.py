@@ -251,6 +251,11 @@ COPIES = [
     _simple(aten.tile.default, lambda h: aten.tile.default(h, [2])),
     _simple(aten.repeat_interleave.self_int, lambda h: aten.repeat_interleave.self_int(h, 3, 1)),
     _simple(aten.repeat_interleave.self_int, lambda h: aten.repeat_interleave.self_int(h, 3, -1), note="negative"),
+    _simple(
+        aten.repeat_interleave.self_int,
+        lambda h: aten.repeat_interleave.self_int(h, 3, 1, output_size=3 * h.shape[1]),
+        note="size given",
+    ),
     sample(
         aten.repeat_interleave.self_int,
         lambda net, x: net.linear(_hidden(net, x, 24) * aten.repeat_interleave.self_int(net.parameter(8), 3), 3),
@@ -355,7 +360,11 @@ PADDING = [
     _image(aten.pad.default, lambda h: aten.pad.default(h, [1, 1, 1, 1])),
     _image(aten.pad.default, lambda h: aten.pad.default(h, [1, 1, 1, 1], "reflect"), note="reflect"),
     _simple(aten.pad.default, lambda h: aten.pad.default(h, [2, 1], value=0.5), note="channels"),
-    _simple(aten.pad.default, lambda h: aten.pad.default(h, [-2, -1]), groups=[], note="channels cut"),
+    _simple(aten.pad.default, lambda h: aten.pad.default(h, [-2, -1]), groups=[2, 5], note="channels cut"),
+    _simple(aten.pad.default, lambda h: aten.pad.default(h, [-2, 3]), groups=[2, 6], note="cut and padded"),
+    _simple(
+        aten.constant_pad_nd.default, lambda h: aten.constant_pad_nd.default(h, [1, -3]), groups=[5, 3], note="cut"
+    ),
     _simple(aten.pad.default, lambda h: aten.pad.default(h, [0, 0, 1, 2]), 4, 5, note="rows"),
     _simple(
         aten.pad.default, lambda h: aten.pad.default(h.unsqueeze(1), [2, 1], "circular"), groups=[], note="circular"

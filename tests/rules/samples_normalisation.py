@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from rules import Net, Sample, aten, sample
 
@@ -30,8 +31,24 @@ def _per_head(net: Net, x: Tensor) -> Tensor:
     return net.linear(net.layer(lambda: nn.RMSNorm(4))(y).flatten(-2), 3)
 
 
+def _no_bias() -> nn.Module:
+    norm = nn.GroupNorm(1, 8)
+    norm.bias = None  # type: ignore[assignment]
+    return norm
+
+
+def _standardised(net: Net, x: Tensor) -> Tensor:
+    """A convolution whose weights are normalised over their inputs, as NFNets do."""
+    y = net.conv(x, 8).sin()
+    weight = net.parameter(6, 8, 3, 3)
+    shaped = aten.batch_norm.default(
+        weight.reshape(1, 6, -1), net.parameter(6), None, None, None, True, 0.0, 1e-6, False
+    ).reshape_as(weight)
+    return net.conv(nn.functional.conv2d(y, shaped, padding=1).sin(), 3)
+
+
 BATCH, INSTANCE, GROUP = aten.batch_norm.default, aten.instance_norm.default, aten.group_norm.default
-LAYER, RMS = aten.layer_norm.default, aten.rms_norm.default
+LAYER, RMS, WEIGHT = aten.layer_norm.default, aten.rms_norm.default, aten._weight_norm.default
 
 SAMPLES = [
     _image(BATCH, lambda: nn.BatchNorm2d(8), [8]),
@@ -68,6 +85,8 @@ SAMPLES = [
     _image(GROUP, lambda: nn.GroupNorm(2, 8), [2, 4]),
     _image(GROUP, lambda: nn.GroupNorm(4, 8, affine=False), [4, 2], note="no weight"),
     _image(GROUP, lambda: nn.GroupNorm(1, 8), [8], note="one group"),
+    _image(GROUP, _no_bias, [8], note="no bias"),
+    sample(BATCH, _standardised, 2, 4, 4, groups=[8, 6], note="of weights"),
     _image(GROUP, lambda: nn.GroupNorm(8, 8), [8], note="groups of one"),
     sample(
         GROUP,
@@ -77,4 +96,7 @@ SAMPLES = [
     ),
     _image(aten.prelu.default, lambda: nn.PReLU(8), [8]),
     _image(aten.prelu.default, nn.PReLU, [8], note="one slope"),
+    _image(WEIGHT, lambda: weight_norm(nn.Conv2d(8, 6, 1)), [8, 6], note="rows"),
+    _image(WEIGHT, lambda: weight_norm(nn.Conv2d(8, 6, 3, padding=1, groups=2), dim=2), [2, 4, 3], note="kernel"),
+    _image(WEIGHT, lambda: weight_norm(nn.Conv2d(8, 6, 1), dim=1), [8, 6], note="columns"),
 ]

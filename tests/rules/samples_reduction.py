@@ -177,8 +177,6 @@ def _ranked(target: Any, take: Step) -> list[Sample]:
 
 
 def _call(target: Any, h: Tensor, dim: int) -> Any:
-    if target is aten.topk.default:
-        return target(h, 3, dim)
     return target(h, stable=True, dim=dim) if target is aten.sort.stable else target(h, dim)
 
 
@@ -211,11 +209,9 @@ SCANS = [
             _channels(target, lambda h, t=target: t(h, -1, True), []),
         )
     ],
-    *[
-        s
-        for t in (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.topk.default)
-        for s in _ranked(t, _first)
-    ],
+    *[s for t in (aten.sort.default, aten.sort.stable, aten.argsort.default) for s in _ranked(t, _first)],
+    _rows(aten.topk.default, lambda h: aten.topk.default(h, 3, 1)[0]),
+    _channels(aten.topk.default, lambda h: aten.topk.default(h, 3)[0], [8], note="channels"),
 ]
 
 GATES = [
