@@ -48,6 +48,35 @@ class Pruned:
     dense: nn.Module | None = field(default=None, repr=False)
     batch_dynamic: bool = True
 
+    def module_like(self, model: nn.Module | None = None) -> nn.Module:
+        """Return the module's weights, as they are now, in a copy of the original class.
+
+        Attributes that the class's code reads (`num_heads`, `normalized_shape`, a configuration's sizes) are found by
+        following them into the operators that they reach, and set on each module by itself. The result is accepted
+        only if its outputs equal the graph module's on fresh inputs of other batch sizes.
+
+        Args:
+            model: the dense model, or a new one of the same class and sizes; by default the one that was compiled.
+
+        Raises:
+            InputError: there is no dense model to be like.
+            WriteBackError: the class writes down a number that would have to change; the text names the line. With
+                `compile(..., keep_class=True)` only such plans are made as the class can express.
+            SavedModelError: the plan does not fit the model.
+
+        >>> net = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 4))
+        >>> small = compile(net, torch.randn(2, 8), target={"macs": 0.5}).module_like()
+        >>> type(small).__name__, small[1].normalized_shape
+        ('Sequential', (32,))
+        """
+        from fxprune.writeback import module_like
+
+        dense = model if model is not None else self.dense
+        if dense is None:
+            raise InputError("there is no dense model whose class to take; pass one as `model`")
+        analysis = analyse(capture(dense, self.args, self.kwargs, self.plan.dynamic or False))
+        return module_like(dense, analysis, self.plan.selection(analysis), self.module).module
+
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights.safetensors, graph.json and plan.json into a directory, all or nothing.
 

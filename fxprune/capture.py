@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +220,22 @@ def _probes(name: str, size: int) -> tuple[int, int]:
     return (size, size - 2) if size >= 6 else (size + 2, size)
 
 
+#: (the graph that is being recorded, the model's modules by path) -> what to run the forward pass in.
+Inside = Callable[[fx.Graph, Mapping[str, nn.Module]], contextlib.AbstractContextManager[Any]]
+
+
+def record(model: nn.Module, captured: Captured, inside: Inside | None = None) -> fx.Graph:
+    """Record once more, at the first of the sizes that `captured` was: the same graph for the same code.
+
+    Args:
+        model: the model that was captured, or one that takes the same inputs.
+        inside: makes a context to run the forward pass in; attributes of modules it changes are put back.
+    """
+    names = [str(n.target) for n in captured.graph.nodes if n.op == "placeholder"]
+    sizes = {place: symbol.values[0] for symbol in captured.symbols for place in symbol.places}
+    return _Session(model, names, captured.inputs, captured.in_spec)._record(sizes, inside)[0]
+
+
 class _Session:
     """Records one model at several input sizes and merges the recordings."""
 
@@ -288,7 +304,9 @@ class _Session:
     def _size(self, place: tuple[str, int]) -> int:
         return int(self.leaves[self.names.index(place[0])].shape[place[1]])
 
-    def _record(self, sizes: dict[tuple[str, int], int]) -> tuple[fx.Graph, pytree.TreeSpec, list[str]]:
+    def _record(
+        self, sizes: dict[tuple[str, int], int], inside: Inside | None = None
+    ) -> tuple[fx.Graph, pytree.TreeSpec, list[str]]:
         graph, stack, notes = fx.Graph(), [""], list[str]()
         found: dict[int, str] = {}
         recorder = Recorder(graph, lambda t: self._constant(t, found), lambda: stack[-1])
@@ -306,7 +324,8 @@ class _Session:
         args, kwargs = pytree.tree_unflatten(fakes, self.in_spec)
         try:
             with eval_with(self.state, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
-                with self.mode, enable_python_dispatcher(), recorder:
+                around = inside(graph, self.state.modules) if inside else contextlib.nullcontext()
+                with self.mode, enable_python_dispatcher(), recorder, around:
                     out = self.model(*args, **kwargs)
                 leaves, out_spec = pytree.tree_flatten(out)
         except FxpruneError:

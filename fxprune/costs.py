@@ -55,14 +55,15 @@ class Costs:
             result[node.name] = result.get(node.name, 0) + self._total([dims], counts)
         return result
 
-    def change(self, kind: str, axis: Axis, counts: Counts, count: int) -> int:
-        """Return by how much the cost grows when `axis` keeps `count` units instead of what `counts` says."""
-        users = self._users.get((kind, axis), [])
-        return self._total(users, {**counts, axis: count}) - self._total(users, counts)
+    def change(self, kind: str, new: Counts, counts: Counts) -> int:
+        """Return by how much the cost grows when the axes of `new` keep so many units instead of what `counts` says."""
+        users = {id(dims): dims for axis in new for dims in self._users.get((kind, axis), [])}
+        many = list(users.values())
+        return self._total(many, {**counts, **new}) - self._total(many, counts)
 
     def per_unit(self, kind: str, axis: Axis) -> int:
         """Return how much of the dense cost goes with one unit of an axis."""
-        return -self.change(kind, axis, {}, axis.size - 1)
+        return -self.change(kind, {axis: axis.size - 1}, {})
 
     def _total(self, many: list[Dims], counts: Counts) -> int:
         known: dict[Dim, int] = {}

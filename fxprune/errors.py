@@ -39,6 +39,17 @@ class ProofError(FxpruneError):
     exit_code = 6
 
 
+class WriteBackError(FxpruneError):
+    """The original class cannot hold the smaller model; `nodes` are the operators of the line that is in the way."""
+
+    exit_code = 10
+
+    def __init__(self, message: str, nodes: list[str] | None = None) -> None:
+        """Keep the nodes beside the message."""
+        super().__init__(message)
+        self.nodes = nodes or []
+
+
 class NonFiniteError(FxpruneError):
     """A weight or a statistic is NaN or infinite, so that no ranking of it means anything."""
 

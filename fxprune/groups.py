@@ -36,6 +36,8 @@ class Group:
         members: (tensor name, dimension number) of everything it cuts, parameters first.
         inner: how many consecutive entries of a parameter dimension one unit is (64 for a head of width 64).
         least: how many units must stay, because an operator needs them.
+        form: groups with equal ones cut layers of the same shape in the same way, or are heads of the same number or
+            width.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Group:
     members: tuple[tuple[str, int], ...]
     inner: int
     least: int = 1
+    form: Any = None
 
     @property
     def size(self) -> int:
@@ -65,6 +68,7 @@ def find_groups(analysis: Analysis) -> list[Group]:
                     table.append((name, i))
                 inner[axis] = min(inner.get(axis, width), width)
     kinds = _kinds(analysis)
+    shapes = {name: tuple(tensor.shape) for name, tensor in analysis.captured.tensors.items()}
     groups = []
     for axis, members in parameters.items():
         name, number = members[0]
@@ -72,8 +76,17 @@ def find_groups(analysis: Analysis) -> list[Group]:
         if analysis.tensors[name][number] is not axis:  # several groups share the dimension: say which part this one is
             label = axis.birth if axis.birth.startswith(label) else f"{label}:{axis.birth}"
         kind = kinds.get(axis, "hidden")
+        layers = None if "head" in kind else tuple(sorted((shapes[name], dim) for name, dim in members))
         groups.append(
-            Group(label, axis, kind, tuple(members + others.get(axis, [])), inner[axis], analysis.least.get(axis, 1))
+            Group(
+                name=label,
+                axis=axis,
+                kind=kind,
+                members=tuple(members + others.get(axis, [])),
+                inner=inner[axis],
+                least=analysis.least.get(axis, 1),
+                form=(kind, axis.size, layers),
+            )
         )
     return groups
 

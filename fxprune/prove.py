@@ -25,6 +25,7 @@ from fxprune.groups import describe
 from fxprune.kept import Kept
 from fxprune.masked import EXACT, MASKED, PREPARED, zeroed
 from fxprune.rewrite import Rewritten
+from fxprune.rules.core import bind
 
 #: Allowed error relative to the largest magnitude of the reference, by precision.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
@@ -40,7 +41,7 @@ class Proof:
     Attributes:
         level: "full": float64, the model's own weights and randomised ones, example and random inputs;
             "quick": the model's own weights on a random input of batch 1 (a small image where the graph takes one), in
-            float32. Of linear layers, the same for every row, some rows are compared at either level.
+            float32. Linear layers and attention, which treat every row alike, run on a few rows at either level.
         error: largest difference, relative to the largest magnitude of the reference.
         tolerance: what would have been too much.
         runs: how many pairs of forward passes were compared.
@@ -111,11 +112,17 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
     captured = analysis.captured
     if any(t.is_meta for t in [*captured.tensors.values(), *captured.inputs] if isinstance(t, Tensor)):
         return None
-    args, kwargs = pytree.tree_unflatten(captured.inputs, captured.in_spec)
     with torch.no_grad(), eval_with(ModelState(model), {}):
-        expected = pytree.tree_leaves(model(*args, **kwargs))
-        actual = Reference(analysis, Kept({}), dense_weights(captured), None).run(captured.inputs)
-    error = _difference([e if isinstance(a, Tensor) else None for e, a in zip(expected, actual, strict=True)], actual)
+        for inputs in [*_first_row(captured, captured.inputs), captured.inputs]:
+            args, kwargs = pytree.tree_unflatten(inputs, captured.in_spec)
+            try:
+                expected = pytree.tree_leaves(model(*args, **kwargs))
+                break
+            except Exception:  # not every model takes a batch of one
+                if inputs is captured.inputs:
+                    raise
+        actual = Reference(analysis, Kept({}), dense_weights(captured), None).run(inputs)
+    error = difference([e if isinstance(a, Tensor) else None for e, a in zip(expected, actual, strict=True)], actual)
     half = any(isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in expected)
     if not error <= (5e-2 if half else 1e-3):
         raise ProofError(
@@ -216,7 +223,11 @@ def dense_weights(captured: Captured, randomise: bool = False, seed: int = 0) ->
     return value
 
 
-def _difference(expected: list[Any], actual: list[Any]) -> float:
+def difference(expected: list[Any], actual: list[Any]) -> float:
+    """Return the largest difference of two lists of results, relative to the largest magnitude of each expected one.
+
+    Infinite where shapes or the places of infinities differ, NaN where nothing is finite; only tensors are compared.
+    """
     worst = 0.0
     for a, b in zip(expected, actual, strict=True):
         if isinstance(a, Tensor):
@@ -353,43 +364,60 @@ def _varies(tree: Any) -> bool:
     return any(isinstance(leaf, Varying) for leaf in pytree.tree_leaves(tree))
 
 
-class _Sampled(Reference):
-    """A reference that computes linear layers, the dearest operators, for a few rows of their input only.
+# ---------------------------------------------------------------------- a few rows stand for all
+ROWS = 4
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
-    Those rows are compared with the pruned layer's at once; all others are taken from it. What is shown is the same by
-    induction over the nodes: each gives what the masked one does, if those before it do.
+
+def _sampled_operand(analysis: Analysis, kept: Kept, node: fx.Node) -> fx.Node | None:
+    """The operand of which a few rows say all about a node, because it treats every row alike: of linear layers and of
+    attention, the dearest operators, the input and the queries. None where rows are few, or removed."""
+    shape, dims = node.meta.get("shape"), analysis.dims[node]
+    if node.target not in (torch.ops.aten.linear.default, ATTENTION) or len(shape) < 2:  # type: ignore[arg-type]
+        return None
+    operands = [node.args[0], *(a for a in [*node.args[1:], *node.kwargs.values()] if isinstance(a, fx.Node))]
+    first = operands[0]
+    if not isinstance(first, fx.Node) or first.op == "get_attr" or first in operands[1:]:
+        return None
+    if node.target is ATTENTION:
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        return None if named["is_causal"] or isinstance(named["attn_mask"], fx.Node) else first
+    return None if any(kept.cut(d) for d in dims[:-1]) else first
+
+
+def _on_rows(interpreter: fx.Interpreter, node: fx.Node, run: Callable[[fx.Node], Any]) -> Any:
+    """Run a node on a few rows of its first operand and let every row have the result of the nearest of them.
+
+    Both graphs do so at the same nodes. What is shown is the same by induction over the nodes: each gives what the
+    masked one does on these rows, hence on any, and all others are compared on the values that come of it.
     """
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value = interpreter.env[source]
+    merged = value if node.target is ATTENTION else value.reshape(*[1] * (value.dim() - 2), -1, value.shape[-1])
+    count = merged.shape[-2]
+    if count <= 2 * ROWS:
+        return run(node)
+    pick = torch.linspace(0, count - 1, ROWS).long()
+    interpreter.env[source] = merged[..., pick, :]
+    try:
+        result = run(node)
+    finally:
+        interpreter.env[source] = value
+    nearest = (torch.arange(count) * ROWS) // count
+    return result[..., nearest, :].reshape(*value.shape[:-1], result.shape[-1])
 
-    ROWS = 4
 
-    def __init__(self, *args: Any, values: dict[fx.Node, Tensor]) -> None:
+class _SampledReference(Reference):
+    """A reference that runs some nodes on a few rows."""
+
+    def __init__(self, *args: Any, nodes: set[fx.Node]) -> None:
         super().__init__(*args)
-        self.values = values
-        self.worst = 0.0
+        self.sampled = nodes
 
     def run_node(self, n: fx.Node) -> Any:
-        small = self.values.get(n)
-        if small is None:
-            return super().run_node(n)
-        (x, weight, *bias), _ = self.fetch_args_kwargs_from_env(n)
-        rows = x.reshape(-1, x.shape[-1])
-        pick = torch.linspace(0, len(rows) - 1, self.ROWS).long()
-        dims = self.analysis.dims[n]
-        result = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=small.dtype)
-        result[..., torch.from_numpy(self.kept.index(dims[-1]))] = small
-        expected = torch.nn.functional.linear(rows[pick], weight, *bias)
-        expected = self.kept.select(expected, (Fixed(len(pick)), dims[-1]))
-        actual = small.reshape(-1, small.shape[-1])[pick]
-        self.worst = max(self.worst, _difference([expected], [actual]))
-        return result
-
-
-def _has_rows(node: fx.Node) -> bool:
-    """Whether the node is a linear layer on rows that depend on the inputs."""
-    if node.target is not torch.ops.aten.linear.default:
-        return False
-    rows = node.args[0]
-    return isinstance(rows, fx.Node) and rows.op != "get_attr" and len(node.meta["shape"]) > 1
+        run = super().run_node
+        return _on_rows(self, n, run) if n in self.sampled else run(n)
 
 
 def _lockstep(
@@ -401,30 +429,22 @@ def _lockstep(
     inputs: list[Any],
     dtype: torch.dtype,
 ) -> float:
-    """The largest difference of any sampled row or output; infinite where only the pruned module fails.
+    """The largest difference of any output; infinite where only the pruned module fails."""
+    dense = {n for n in pruned.nodes if _sampled_operand(analysis, kept, n) is not None}
+    sampled = {pruned.nodes[n] for n in dense}
 
-    Rows are not sampled where what is removed is not masked in the reference: it is not zero there.
-    """
-    carried = {small: dense for dense, small in pruned.nodes.items() if masks is kept and _has_rows(dense)}
-    values: dict[fx.Node, Tensor] = {}
-
-    class Keep(_Upcast):
+    class Sampled(_Upcast):
         def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            dense = carried.get(n)
-            many = dense is not None and result[..., 0].numel() > _Sampled.ROWS
-            if dense is not None and many and not any(kept.cut(d) for d in analysis.dims[dense][:-1]):
-                values[dense] = result
-            return result
+            run = super().run_node
+            return _on_rows(self, n, run) if n in sampled else run(n)
 
-    small = Keep(pruned, analysis, kept, weights, dtype)
+    small = Sampled(pruned, analysis, kept, weights, dtype)
     try:
         actual = small.run(inputs)
     except Exception:  # described when the first differing node is looked for
         Reference(analysis, masks, weights, dtype).run(inputs)  # if this fails too, the inputs are to blame
         return float("inf")
-    reference = _Sampled(analysis, masks, weights, dtype, values=values)
-    return max(_difference(reference.run(inputs), actual), reference.worst)
+    return difference(_SampledReference(analysis, masks, weights, dtype, nodes=dense).run(inputs), actual)
 
 
 class _Upcast(_Double):
@@ -519,6 +539,6 @@ def _first_difference(
             continue
         expected = kept.select(values[dense], tuple(map(reference.concrete, analysis.dims[dense])))
         actual = values[small]
-        if _difference([expected], [actual]) > tolerance:
+        if difference([expected], [actual]) > tolerance:
             return f"The first node that differs is {describe(dense)}.{failure}"
     return f"No single node differs by itself.{failure}"

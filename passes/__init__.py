@@ -14,5 +14,5 @@ __all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Criterion", "criterion", "loa
 
 def load() -> None:
     """Import every criterion and allocator, so that the registries are full."""
-    from fxprune.passes.allocate import ranking, uniform  # noqa: F401  (imported for what they register)
+    from fxprune.passes.allocate import ranking, uniform, width  # noqa: F401  (imported for what they register)
     from fxprune.passes.criteria import magnitude, random  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,11 +18,19 @@ from fxprune.passes.statistics import Scores, Statistics
 from fxprune.recipe import Recipe
 
 
-def choose(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs, multiple: int) -> Kept:
+def choose(
+    analysis: Analysis,
+    groups: list[Group],
+    recipe: Recipe,
+    costs: Costs,
+    multiple: int,
+    whole: Mapping[str, str] | None = None,
+) -> Kept:
     """Score the units of all eligible groups, allocate the budget, keep the best of each group.
 
     Args:
         multiple: what widths are rounded to, see `step`.
+        whole: names of further groups that stay whole, and why.
 
     Raises:
         RecipeError: the criterion, the allocation or one of their options is unknown; `keep` matches nothing.
@@ -31,7 +40,7 @@ def choose(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs
     criterion_name = name_of(recipe.criterion, "criterion")
     score = with_options(CRITERIA[criterion_name].score, recipe.criterion, "criterion")
     allocate = with_options(ALLOCATORS[name_of(recipe.allocation, "allocation")], recipe.allocation, "allocation")
-    eligible = [g for g in groups if blocked(g, recipe) is None]
+    eligible = [g for g in groups if blocked(g, recipe) is None and g.name not in (whole or {})]
     _check_globs(analysis, recipe)
     kind, share = recipe.target.cost
     steps = {g.name: step(g, multiple) for g in eligible}

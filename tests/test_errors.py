@@ -49,7 +49,7 @@ def failure(model: Any = None, x: Any = X, **recipe: Any) -> FxpruneError:
 def test_exit_codes_are_distinct() -> None:
     """Each class has its own exit code, none of those that a shell or Python use, and a sentence about it."""
     codes = [e.exit_code for e in CLASSES]
-    assert len(set(codes)) == len(codes) == 8
+    assert len(set(codes)) == len(codes) == 9
     assert not {0, 1, 126, 127, cli.INTERNAL, cli.INTERRUPTED} & set(codes)
     assert all(issubclass(e, FxpruneError) and e.__doc__ for e in CLASSES)
     assert set(codes) < set(cli.EXIT_CODES)

@@ -25,6 +25,7 @@ from fxprune.groups import Group, find_groups, positions
 from fxprune.kept import Kept
 from fxprune.passes import ALLOCATORS, CRITERIA
 from fxprune.passes.allocate.ladder import widths
+from fxprune.passes.allocate.uniform import alike
 from fxprune.passes.choose import choose, step
 from fxprune.passes.registries import Budget
 from fxprune.passes.statistics import Scores, Statistics
@@ -127,7 +128,7 @@ CASES = [(name, options) for name in sorted(OPTIONS) for options in OPTIONS[name
 def test_every_criterion_is_tested() -> None:
     ours = {n for n in CRITERIA if CRITERIA[n].score.__module__.startswith("fxprune.")}
     assert ours == set(OPTIONS)
-    assert {n for n in ALLOCATORS if ALLOCATORS[n].__module__.startswith("fxprune.")} == set(ALLOCATIONS)
+    assert {n for n in ALLOCATORS if ALLOCATORS[n].__module__.startswith("fxprune.")} == {*ALLOCATIONS, "width"}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -332,13 +333,14 @@ def test_the_target_is_met_within_one_unit(model: str, allocation: str, kind: st
         counts = {g.axis: n for g, n in zip(groups, _counts(analysis, groups, recipe, costs, multiple), strict=True)}
         cost = costs.of(kind, counts)
         assert cost <= share * dense
-        for group in groups:
-            budget = Budget(kind, share, {group.name: step(group, multiple)}, {group.name: 1})
-            options = widths(group, budget)
-            assert counts[group.axis] in options
-            for wider in [w for w in options if w > counts[group.axis]][:1]:
-                more = costs.of(kind, {**counts, group.axis: wider})
-                assert more > share * dense, f"{group.name} could keep {wider} units for {more - cost} more"
+        for members in alike(groups) if allocation == "uniform" else [[g] for g in groups]:
+            steps = {g.name: step(g, multiple) for g in members}
+            options = widths(members, Budget(kind, share, steps, dict.fromkeys(steps, 1)))
+            (count,) = {counts[g.axis] for g in members}
+            assert count in options
+            for wider in [w for w in options if w > count][:1]:
+                more = costs.of(kind, {**counts, **{g.axis: wider for g in members}})
+                assert more > share * dense, f"{members[0].name} could keep {wider} units for {more - cost} more"
 
 
 def _counts(analysis: Analysis, groups: list[Group], recipe: Any, costs: Costs, multiple: int) -> list[int]:
@@ -371,6 +373,23 @@ def test_uniform_keeps_the_same_share(model: str) -> None:
     assert low <= high
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("model", MODELS)
+def test_width_keeps_exactly_one_share(model: str, share: float) -> None:
+    """Heads stay whole, and so does what the share is no whole number of units of; the next share is too dear."""
+    analysis, groups, costs = analysed(model)
+    recipe = read_recipe(target={"macs": share}, allocation="width", floor=0)
+    counts = counts_of(choose(analysis, groups, recipe, costs, 1), groups)
+    kept = {g.axis: counts[g.name] for g in groups}
+    assert costs.macs(kept) <= share * costs.macs({})
+    shares = {counts[g.name] / g.size for g in groups if counts[g.name] < g.size}
+    assert len(shares) == 1 and all(counts[g.name] == g.size for g in groups if g.kind == "heads")
+    cut = [g for g in groups if counts[g.name] < g.size]
+    steps = int(np.gcd.reduce([g.size for g in cut]))
+    wider = {g.axis: counts[g.name] + g.size // steps for g in cut}
+    assert costs.macs({**kept, **wider}) > share * costs.macs({})
+
+
 def test_global_cuts_what_scores_low() -> None:
     """Units of one layer a tenth as large as those of the other go first, and uniform does not care."""
     model, x = build("mlp")
@@ -395,7 +414,7 @@ def test_the_floor_holds(floor: float, allocation: str, model: str) -> None:
     analysis, groups, costs = analysed(model)
     options = {"allocation": allocation, "floor": floor}
     least = {
-        g.axis: widths(g, Budget("macs", 0.1, {g.name: 1}, {g.name: max(1, int(np.ceil(floor * g.size)))}))[0]
+        g.axis: widths([g], Budget("macs", 0.1, {g.name: 1}, {g.name: max(1, int(np.ceil(floor * g.size)))}))[0]
         for g in groups
     }
     share = costs.macs(least) / costs.macs({}) * (1 + 1e-9)
@@ -529,7 +548,7 @@ def test_costs_of_single_groups(model: str) -> None:
         for kind in ("macs", "params"):
             change = costs.of(kind, {}) - costs.of(kind, fewer)
             assert costs.per_unit(kind, group.axis) == change
-            assert costs.change(kind, group.axis, fewer, group.size) == change
+            assert costs.change(kind, {group.axis: group.size}, fewer) == change
     assert sum(costs.by_node({}).values()) == costs.macs({})
 
 
@@ -543,7 +562,7 @@ def test_changes_add_up() -> None:
         count_ = int(rng.integers(1, group.size + 1))
         for kind in ("macs", "params"):
             expected = costs.of(kind, {**counts, group.axis: count_}) - costs.of(kind, counts)
-            assert costs.change(kind, group.axis, counts, count_) == expected
+            assert costs.change(kind, {group.axis: count_}, counts) == expected
 
 
 def test_macs_are_those_of_the_example_batch() -> None:

@@ -1,13 +1,14 @@
 """The common search: widths are raised step by step in an order, as far as the budget goes.
 
-Every allocator that ranks its steps uses it. Starting from the floor, a *rung* widens one group by one step; the rungs
-are taken in order, and the longest run of them that stays within the budget is found by bisection. Afterwards single
-rungs that still fit are taken out of turn, so that the target is met within one unit's worth.
+Every allocator that ranks its steps uses it. Starting from the floor, a *rung* widens one group, or several at once, by
+one step; the rungs are taken in order, and the longest run of them that stays within the budget is found by bisection.
+Afterwards single rungs that still fit are taken out of turn, so that the target is met within one rung's worth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from math import lcm
 
 from fxprune.axes import Axis
 from fxprune.costs import Costs
@@ -15,34 +16,34 @@ from fxprune.errors import TargetError
 from fxprune.groups import Group
 from fxprune.passes.registries import Budget
 
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """Widening `group` to `count` units; rungs of one group must come with growing counts."""
-
-    group: Group
-    count: int
+#: Axes and the numbers of units that they are widened to; those of one axis must come with growing numbers.
+Rung = Mapping[Axis, int]
 
 
-def widths(group: Group, budget: Budget) -> list[int]:
-    """Return the counts a group may keep, ascending: multiples of its step from its floor on, and all of it."""
-    step, least = budget.step[group.name], budget.least[group.name]
-    counts = [n for n in range(step, group.size + 1, step) if n >= least]
-    return counts if counts and counts[-1] == group.size else [*counts, group.size]
+def widths(groups: Sequence[Group], budget: Budget) -> list[int]:
+    """Return the counts that groups of one size may keep alike, ascending: multiples of their steps from the floor on,
+    and all.
+    """
+    size = groups[0].size
+    step, least = lcm(*(budget.step[g.name] for g in groups)), max(budget.least[g.name] for g in groups)
+    counts = [n for n in range(step, size + 1, step) if n >= least]
+    return counts if counts and counts[-1] == size else [*counts, size]
 
 
-def climb(groups: list[Group], order: list[Rung], costs: Costs, budget: Budget) -> dict[str, int]:
-    """Return the kept units by group name.
+def climb(lowest: Mapping[Axis, int], order: Sequence[Rung], costs: Costs, budget: Budget) -> dict[Axis, int]:
+    """Return the kept units of every axis in `lowest`, which says where each begins.
 
     Raises:
         TargetError: even the floor of every group costs more than the budget.
     """
-    lowest = {g.axis: widths(g, budget)[0] for g in groups}
     dense = costs.of(budget.kind, {})
     allowed = budget.share * dense
 
     def counts(number: int) -> dict[Axis, int]:
-        return {**lowest, **{rung.group.axis: rung.count for rung in order[:number]}}
+        kept = dict(lowest)
+        for rung in order[:number]:
+            kept.update(rung)
+        return kept
 
     def cost(number: int) -> int:
         return costs.of(budget.kind, counts(number))
@@ -59,12 +60,12 @@ def climb(groups: list[Group], order: list[Rung], costs: Costs, budget: Budget) 
     kept, total = counts(low), cost(low)
     full: set[Axis] = set()
     for rung in order[low:]:
-        axis = rung.group.axis
-        if axis in full:
+        if full & rung.keys():
             continue
-        growth = costs.change(budget.kind, axis, kept, rung.count)
+        growth = costs.change(budget.kind, rung, kept)
         if total + growth <= allowed:
-            kept[axis], total = rung.count, total + growth
+            kept.update(rung)
+            total += growth
         else:
-            full.add(axis)
-    return {g.name: kept[g.axis] for g in groups}
+            full |= rung.keys()
+    return kept

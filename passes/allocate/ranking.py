@@ -9,7 +9,7 @@ import numpy as np
 
 from fxprune.costs import Costs
 from fxprune.groups import Group
-from fxprune.passes.allocate.ladder import Rung, climb, widths
+from fxprune.passes.allocate.ladder import climb, widths
 from fxprune.passes.registries import ALLOCATORS, Budget
 from fxprune.passes.statistics import Scores
 
@@ -19,14 +19,16 @@ def ranking(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, bud
     """The best units of the whole model stay, whichever group they are in.
 
     Units come in runs of one step; a run counts by its mean score, never above the run before it in its group.
-    Scores must
-    be comparable across groups (see the criterion's `normalize`), else whole layers shrink to their floor.
+    Scores must be comparable across groups (see the criterion's `normalize`), else whole layers shrink to their floor.
     """
     rungs = []
+    lowest = {}
     for i, group in enumerate(groups):
         ranked = np.sort(scores[group.name])[::-1]
-        ceiling, counts = np.inf, widths(group, budget)
+        ceiling, counts = np.inf, widths([group], budget)
+        lowest[group.axis] = counts[0]
         for before, count in itertools.pairwise(counts):
             ceiling = min(ceiling, float(ranked[before:count].mean()))
-            rungs.append((-ceiling, i, count, Rung(group, count)))
-    return climb(groups, [r[-1] for r in sorted(rungs, key=lambda r: r[:3])], costs, budget)
+            rungs.append((-ceiling, i, count, {group.axis: count}))
+    kept = climb(lowest, [r[-1] for r in sorted(rungs, key=lambda r: r[:3])], costs, budget)
+    return {g.name: kept[g.axis] for g in groups}

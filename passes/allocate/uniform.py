@@ -1,4 +1,4 @@
-"""Uniform: every group keeps the same share of its units."""
+"""Uniform: every group keeps the same share of its units, and groups of the same form the same number."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ from collections.abc import Mapping
 
 from fxprune.costs import Costs
 from fxprune.groups import Group
-from fxprune.passes.allocate.ladder import Rung, climb, widths
+from fxprune.passes.allocate.ladder import climb, widths
 from fxprune.passes.registries import ALLOCATORS, Budget
 from fxprune.passes.statistics import Scores
 
 
+def alike(groups: list[Group]) -> list[list[Group]]:
+    """Return the groups in sets of the same form: the same layer repeated, the heads of one size."""
+    sets: dict[object, list[Group]] = {}
+    for group in groups:
+        sets.setdefault(group.form, []).append(group)
+    return list(sets.values())
+
+
 @ALLOCATORS.register("uniform")
 def uniform(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, budget: Budget) -> dict[str, int]:
-    """The largest common share, in steps of each group, that stays within the budget."""
-    rungs = [(n / g.size, i, Rung(g, n)) for i, g in enumerate(groups) for n in widths(g, budget)[1:]]
-    return climb(groups, [r for _, _, r in sorted(rungs, key=lambda r: r[:2])], costs, budget)
+    """The largest common share, in steps of each set of groups of one form, that stays within the budget."""
+    sets = [(members, widths(members, budget)) for members in alike(groups)]
+    lowest = {g.axis: counts[0] for members, counts in sets for g in members}
+    rungs = [
+        (n / members[0].size, i, {g.axis: n for g in members})
+        for i, (members, counts) in enumerate(sets)
+        for n in counts[1:]
+    ]
+    kept = climb(lowest, [r for _, _, r in sorted(rungs, key=lambda r: r[:2])], costs, budget)
+    return {g.name: kept[g.axis] for g in groups}
