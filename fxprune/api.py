@@ -19,12 +19,14 @@ from fxprune.capture import capture, example
 from fxprune.costs import Costs
 from fxprune.errors import BackendError, InputError
 from fxprune.groups import find_groups, frozen_dimensions
+from fxprune.keep_class import choose_for_class
 from fxprune.kept import Kept
 from fxprune.plan import Plan
 from fxprune.prove import prove
 from fxprune.recipe import Recipe, read_recipe
 from fxprune.report import Latency, Pair, Report
 from fxprune.rewrite import rewrite
+from fxprune.writeback import Written, copy_weights, module_like
 
 Progress = Callable[[str], None]
 
@@ -34,19 +36,31 @@ class Pruned:
     """A pruned model.
 
     Attributes:
-        module: an fx.GraphModule of ordinary torch.nn layers under the original names, in the model's mode.
+        module: an fx.GraphModule of ordinary torch.nn layers under the original names, in the model's mode; with the
+            recipe's `keep_class` a module of the original class.
         plan: what was kept.
         report: parameters, MACs, proof and, after `measure`, latency: dense and pruned.
         args, kwargs: the example inputs.
     """
 
-    module: fx.GraphModule
+    module: nn.Module
     plan: Plan
     report: Report
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dense: nn.Module | None = field(default=None, repr=False)
     batch_dynamic: bool = True
+    written: Written | None = field(default=None, repr=False)
+    _graph: fx.GraphModule | None = field(default=None, repr=False)
+
+    def graph_module(self) -> fx.GraphModule:
+        """Return the graph module with the weights as they are now: `module` itself, unless the class was kept."""
+        if self._graph is None:
+            assert isinstance(self.module, fx.GraphModule)
+            return self.module
+        assert self.written is not None
+        copy_weights(self.module, self._graph, self.written.scales)
+        return self._graph
 
     def module_like(self, model: nn.Module | None = None) -> nn.Module:
         """Return the module's weights, as they are now, in a copy of the original class.
@@ -69,13 +83,11 @@ class Pruned:
         >>> type(small).__name__, small[1].normalized_shape
         ('Sequential', (32,))
         """
-        from fxprune.writeback import module_like
-
         dense = model if model is not None else self.dense
         if dense is None:
             raise InputError("there is no dense model whose class to take; pass one as `model`")
         analysis = analyse(capture(dense, self.args, self.kwargs, self.plan.dynamic or False))
-        return module_like(dense, analysis, self.plan.selection(analysis), self.module).module
+        return module_like(dense, analysis, self.plan.selection(analysis), self.graph_module()).module
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights.safetensors, graph.json and plan.json into a directory, all or nothing.
@@ -101,7 +113,9 @@ class Pruned:
         if target.suffix not in endings:
             raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
         backend = BACKENDS[endings[target.suffix]]
-        backend.build(self.module, self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target)
+        backend.build(
+            self.graph_module(), self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target
+        )
         return target
 
     def measure(
@@ -128,7 +142,7 @@ class Pruned:
             raise InputError("there is no dense model to measure against; pass it as `against`")
         args, kwargs = rebatch(self.args, self.kwargs, batch)
         name = backend or self.report.recipe.get("backend", "onnxruntime")
-        latency = measure(dense, self.module, args, kwargs, name, threads, rounds, self.batch_dynamic)
+        latency = measure(dense, self.graph_module(), args, kwargs, name, threads, rounds, self.batch_dynamic)
         self.report.latency.append(latency)
         return latency
 
@@ -212,12 +226,16 @@ def _compile(
             from fxprune.passes.dead import find_dead
 
             kept, biases = find_dead(analysis, groups, settings)
+        elif settings.keep_class:
+            kept, notes = choose_for_class(model, analysis, groups, settings, costs, multiple)
+            captured.notes += notes
         else:
             from fxprune.passes.choose import choose
 
             kept = choose(analysis, groups, settings, costs, multiple)
     with clock.stage("rewrite"):
         rewritten = rewrite(analysis, kept, model, biases)
+        written = module_like(model, analysis, kept, rewritten.module, settings.seed) if settings.keep_class else None
     with clock.stage("prove"):
         proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
     plan = Plan.of(
@@ -225,13 +243,15 @@ def _compile(
     )
     report = _report(model, analysis, costs, kept, plan, proof, clock.seconds, multiple, settings)
     return Pruned(
-        module=rewritten.module,
+        module=written.module if written else rewritten.module,
         plan=plan,
         report=report,
         args=args,
         kwargs=keywords,
         dense=model,
         batch_dynamic=any(s.name == "batch" for s in captured.symbols),
+        written=written,
+        _graph=rewritten.module if written else None,
     )
 
 

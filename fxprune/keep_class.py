@@ -17,10 +17,9 @@ from fxprune.costs import Costs
 from fxprune.errors import TargetError, WriteBackError
 from fxprune.groups import Group
 from fxprune.kept import Kept
-from fxprune.passes.choose import choose
 from fxprune.recipe import Recipe
-from fxprune.rewrite import Rewritten, rewrite
-from fxprune.writeback.like import Written, module_like
+from fxprune.rewrite import rewrite
+from fxprune.writeback import module_like
 
 #: So many times groups are given up because of a line of code.
 _ROUNDS = 6
@@ -29,13 +28,15 @@ _STRICT = {"name": "width", "strict": True}
 
 def choose_for_class(
     model: nn.Module, analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs, multiple: int
-) -> tuple[Kept, Rewritten, Written, list[str]]:
-    """Return what is kept, the emitted module, the model of the original class, and notes on what was given up for it.
+) -> tuple[Kept, list[str]]:
+    """Return what is kept, and notes on what was given up for the class.
 
     Raises:
         WriteBackError: no selection that reaches the target can be expressed; the text has the last line in the way.
         TargetError: the target cannot be reached at all.
     """
+    from fxprune.passes.choose import choose
+
     failure: WriteBackError | None = None
     attempts = _attempts(analysis, groups, recipe)
     attempt = next(attempts)
@@ -43,8 +44,8 @@ def choose_for_class(
         settings, whole, notes = attempt
         try:
             kept = choose(analysis, groups, settings, costs, multiple, whole)
-            rewritten = rewrite(analysis, kept, model)
-            return kept, rewritten, module_like(model, analysis, kept, rewritten.module, recipe.seed), notes
+            module_like(model, analysis, kept, rewrite(analysis, kept, model).module, recipe.seed)
+            return kept, notes
         except TargetError:
             if failure is None:
                 raise

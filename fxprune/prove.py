@@ -370,8 +370,10 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _sampled_operand(analysis: Analysis, kept: Kept, node: fx.Node) -> fx.Node | None:
-    """The operand of which a few rows say all about a node, because it treats every row alike: of linear layers and of
-    attention, the dearest operators, the input and the queries. None where rows are few, or removed."""
+    """The operand of which a few rows say all about a node, because it treats every row alike, or None.
+
+    It is the input of linear layers and the queries of attention, the dearest operators, unless rows are removed.
+    """
     shape, dims = node.meta.get("shape"), analysis.dims[node]
     if node.target not in (torch.ops.aten.linear.default, ATTENTION) or len(shape) < 2:  # type: ignore[arg-type]
         return None

@@ -63,6 +63,7 @@ class Recipe(BaseModel):
         groups: kinds of groups that may be cut; None is all.
         floor: no group keeps a smaller share of its units than this.
         backend: what the model will run on.
+        keep_class: return the original class with smaller parameters, and cut only what that class can express.
         proof: "full" (float64, randomised weights too) or "quick" (float32, one small input).
         seed: of everything random.
     """
@@ -77,6 +78,7 @@ class Recipe(BaseModel):
     groups: tuple[Kind, ...] | None = None
     floor: float = Field(default=0.05, ge=0, lt=1)
     backend: str = "onnxruntime"
+    keep_class: bool = False
     proof: Literal["full", "quick"] = "full"
     seed: int = 0
 

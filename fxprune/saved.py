@@ -71,7 +71,7 @@ def _write(pruned: Pruned, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    module = pruned.module
+    module = pruned.graph_module()
     trainable = {n: p.requires_grad for n, p in module.named_parameters(remove_duplicate=False)}
     for name, tensor in [
         *module.named_parameters(remove_duplicate=False),
@@ -129,7 +129,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> f
     Raises:
         SavedModelError: a file is missing, truncated or altered, or the plan does not fit the model.
     """
-    return load_pruned(directory, model).module
+    return load_pruned(directory, model).graph_module()
 
 
 def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Pruned:

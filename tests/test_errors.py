@@ -25,6 +25,7 @@ from fxprune.errors import (
     RecipeError,
     SavedModelError,
     TargetError,
+    WriteBackError,
 )
 from fxprune.passes import CRITERIA, criterion
 from fxprune.rules.core import RULES
@@ -79,7 +80,7 @@ def test_all_are_raised_somewhere_below() -> None:
         ({"criterion": {"name": "magnitude", "normalize": "sum"}},
          "criterion 'magnitude': normalize is mean, max, size or none, not 'sum'"),
         ({"allocation": "unifrom"},
-         "no allocation is called 'unifrom'; did you mean 'uniform'? Known: global, uniform"),
+         "no allocation is called 'unifrom'; did you mean 'uniform'? Known: global, uniform, width"),
         ({"allocation": {"name": "uniform", "x": 1}}, "allocation 'uniform' has no option 'x'. Known: none"),
         ({"keep": ["heads"]}, "recipe: keep: 'heads' matches no module and no parameter of the model"),
         ({"keep": ["0", "9.*"]}, "recipe: keep: '9.*' matches no module and no parameter of the model"),
@@ -351,3 +352,19 @@ def test_the_command_line_returns_the_exit_code(tmp_path: Path) -> None:
     )
     assert result.exit_code == RecipeError.exit_code
     assert "recipe: target.macs: give the share to keep, 0.5 for example (given: True)" in result.stderr
+
+
+def test_a_class_that_writes_its_width_down() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.scale = nn.Linear(8, 64), nn.Linear(64, 4), nn.Parameter(torch.rand(4, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down((self.up(x).view(-1, 4, 16) * self.scale).flatten(1))
+
+    pruned = fxprune.compile(Written(), X, target={"macs": 0.5})
+    with pytest.raises(WriteBackError) as caught:
+        pruned.module_like()
+    assert "Written does not run with the smaller tensors at " in str(caught.value)
+    assert "test_errors.py" in str(caught.value) and ".view(-1, 4, 16)" in str(caught.value)

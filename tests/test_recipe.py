@@ -24,6 +24,7 @@ FULL: dict[str, Any] = {
     "groups": ["hidden", "channels"],
     "floor": 0.2,
     "backend": "torch",
+    "keep_class": True,
     "proof": "quick",
     "seed": 3,
 }
@@ -41,6 +42,7 @@ keep:
 groups: [hidden, channels]
 floor: 0.2
 backend: torch
+keep_class: true
 proof: quick
 seed: 3
 """
@@ -90,6 +92,7 @@ def test_defaults() -> None:
         "groups": None,
         "floor": 0.05,
         "backend": "onnxruntime",
+        "keep_class": False,
         "proof": "full",
         "seed": 0,
     }
@@ -111,7 +114,7 @@ def test_recipes_do_not_change() -> None:
 
 
 T = {"macs": 0.5}
-KNOWN = "target, criterion, allocation, round_to, keep, groups, floor, backend, proof, seed"
+KNOWN = "target, criterion, allocation, round_to, keep, groups, floor, backend, keep_class, proof, seed"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,6 @@
 - `like`     puts it together, and compares the outputs with the rewritten graph's
 """
 
-from fxprune.writeback.like import module_like
+from fxprune.writeback.like import Written, copy_weights, module_like
 
-__all__ = ["module_like"]
+__all__ = ["Written", "copy_weights", "module_like"]

@@ -130,6 +130,15 @@ def _smaller(model: nn.Module, analysis: Analysis, module: fx.GraphModule) -> nn
     return result
 
 
+def copy_weights(small: nn.Module, module: fx.GraphModule, scales: Mapping[str, Tensor]) -> None:
+    """Copy the weights of the written class into the graph module, dividing by what they were multiplied with."""
+    own = tensors_of(small)
+    with torch.no_grad():
+        for name, tensor in tensors_of(module).items():
+            if name in own:
+                tensor.copy_(own[name] / scales[name] if name in scales else own[name])
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer by every name it has."""
     return {

@@ -53,10 +53,10 @@ def restore_scales(small: nn.Module, graph: fx.Graph, analysis: Analysis, kept: 
             continue
         for operands, factor in _wanted(node, other, analysis, kept):
             for operand in operands:
-                sources = _sources(operand, set())
-                if sources is not None and all(_scalable(s) for s in sources):
-                    for source in sources:
-                        _multiply(small, source, _rows(source, operand), factor, analysis, kept, done, factors)
+                sources = _sources(operand, operand)
+                if sources is not None and all(_scalable(source) for source, _ in sources):
+                    for source, reached in sources:
+                        _multiply(small, source, _rows(source, reached), factor, analysis, kept, done, factors)
                     break
     return factors
 
@@ -92,22 +92,25 @@ def _name(node: fx.Node) -> str:
 
 
 # ---------------------------------------------------------------------- where a factor can go
-def _sources(node: fx.Node, seen: set[fx.Node]) -> list[fx.Node] | None:
-    """The layers whose outputs must all be multiplied for the node's value to be; None where none can be."""
-    if node.op != "call_function" or node in seen:
+def _sources(node: fx.Node, reached: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
+    """The layers whose outputs must all be multiplied for the node's value to be; None where none can be.
+
+    With each comes the value that its output has to reach: of a product, the one factor that is chosen.
+    """
+    if node.op != "call_function":
         return None
     if node.target in _LAYERS:
-        return [node]
+        return [(node, reached)]
     operands = node.all_input_nodes
     name, rule = _name(node), rule_of(node.target)
     family = rule.infer.__module__.rpartition(".")[2] if rule is not None else ""
     if name in _SUMS:
-        found = [_sources(o, seen) for o in operands]
+        found = [_sources(o, reached) for o in operands]
         return None if any(f is None for f in found) else list(dict.fromkeys(s for f in found for s in f or ()))
     if name in ("mul", "matmul", "bmm", "einsum"):
-        return next((f for f in (_sources(o, seen) for o in operands) if f is not None), None)
+        return next((f for f in (_sources(o, o) for o in operands) if f is not None), None)
     if node.target is operator.getitem or name in (*_MOVES, "div") or family in ("movement", "indexing"):
-        return _sources(operands[0], seen)
+        return _sources(operands[0], reached)
     return None
 
 

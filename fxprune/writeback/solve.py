@@ -185,7 +185,7 @@ def _adjust(equation: Equation, solution: Solution, dense: Mapping[Key, int]) ->
     if len(open_keys) != 1:
         return  # sizes read off tensors take part in it: the comparison of outputs decides
     (key,) = open_keys
-    for number in sorted(range(1, _LARGEST * abs(dense[key]) + 1), key=lambda n: abs(n - dense[key])):
+    for number in range(1, _LARGEST * abs(dense[key]) + 1):  # the smallest: what is left over from a division is zero
         if _value(equation.expression, {**numbers, key: number}) in equation.allowed:
             solution.numbers[key] = number
             return
