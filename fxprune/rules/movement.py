@@ -177,7 +177,8 @@ def _split_sizes(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str,
 
 
 @rule(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, literals=_split_sizes)
-@rule(aten.tensor_split.sections, aten.unsafe_split.Tensor, aten.unsafe_chunk.default, literals=_split_sizes)
+@rule(aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_split.Tensor, literals=_split_sizes)
+@rule(aten.unsafe_chunk.default, literals=_split_sizes)
 def split(site: Site, x: Dims, _sizes: Any, dim: int = 0) -> list[Dims]:
     dim = positive(dim, len(x))
     pieces = site.axes.cut(x[dim], [shape[dim] for shape in site.shape], site.node)

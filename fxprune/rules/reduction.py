@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.axes import ONE, Fixed, size_of
+from fxprune.axes import ONE, Concat, Fixed, size_of
 from fxprune.rules.core import Counted, Dims, Literals, Site, aten, positive, rule
 
 
@@ -69,7 +69,11 @@ def variance_and_mean(
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
-def softmax(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+def softmax(site: Site, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
+    """Shares of what is kept; learned positions beside those of the input stay, as they do in fused attention."""
+    d = site.axes.resolve(x[dim]) if x else ONE
+    if isinstance(d, Concat) and any(isinstance(part, Fixed) for part in d.parts):
+        site.freeze(d, "a softmax weighs it against fixed entries")
     return x
 
 

@@ -304,6 +304,8 @@ CUTS = [
     _parts(aten.chunk.default, 3, -1, groups=[4, 4, 4]),
     _parts(aten.chunk.default, 5, 1, groups=[3, 3, 3, 3], note="uneven"),
     _parts(aten.tensor_split.sections, 5, 1, groups=[3, 3, 2, 2, 2]),
+    _parts(aten.tensor_split.indices, [2, 9], 1, groups=[2, 7, 3]),
+    _parts(aten.tensor_split.indices, [-5], -1, groups=[7, 5], note="from the end"),
     _parts(aten.unsafe_split.Tensor, 5, 1, groups=[5, 5, 2]),
     _parts(aten.unsafe_chunk.default, 3, 1, groups=[4, 4, 4]),
     _simple(aten.split.Tensor, lambda h: aten.split.Tensor(h, 2, 1)[1], 4, 5, note="rows"),

@@ -235,8 +235,17 @@ GATES = [
     ),
 ]
 
+
+def _registers(net: Net, x: Tensor) -> Tensor:
+    """Learned positions in front of those of the input, under attention that is written out."""
+    h = torch.cat([net.parameter(1, 4, 8).expand(len(x), -1, -1), net.linear(x, 8)], 1)
+    scores = aten.softmax.int(net.linear(h, 6) @ net.linear(h, 6).transpose(1, 2), -1)
+    return net.linear(scores @ h, 3)[:, 4:]
+
+
 SAMPLES = [
     *REDUCTIONS,
+    sample(aten.softmax.int, _registers, 4, 5, groups=[6, 8], note="registers"),
     *_softmax(aten.softmax.int),
     *_softmax(aten._softmax.default),
     *_softmax(aten.log_softmax.int),
