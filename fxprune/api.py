@@ -27,6 +27,7 @@ from fxprune.recipe import Recipe, read_recipe
 from fxprune.report import Latency, Pair, Report
 from fxprune.rewrite import rewrite
 from fxprune.writeback import Written, copy_weights, module_like
+from fxprune.writeback.config import configured, express
 
 Progress = Callable[[str], None]
 
@@ -86,8 +87,43 @@ class Pruned:
         dense = model if model is not None else self.dense
         if dense is None:
             raise InputError("there is no dense model whose class to take; pass one as `model`")
+        return self._written(dense).module
+
+    def _written(self, dense: nn.Module) -> Written:
         analysis = analyse(capture(dense, self.args, self.kwargs, self.plan.dynamic or False))
-        return module_like(dense, analysis, self.plan.selection(analysis), self.graph_module()).module
+        return module_like(dense, analysis, self.plan.selection(analysis), self.graph_module())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> bool:
+        """Write a model of Hugging Face's libraries so that `from_pretrained` reads it, if a configuration can say it.
+
+        Else (every layer of another width, for example) its dense configuration is written there and, beside it in
+        `fxprune/`, the saved model: `load_pruned(directory / "fxprune").module_like(Class(config))` makes it again.
+
+        Returns:
+            Whether `from_pretrained(directory)` will do.
+
+        Raises:
+            InputError: nothing in the model has a configuration and `save_pretrained`; use `save`.
+            WriteBackError: see `module_like`.
+            SavedModelError: see `save`.
+        """
+        if self.dense is None or configured(self.dense) is None:
+            raise InputError("no module of the model has a `config` and `save_pretrained`; use `save`")
+        written = self._written(self.dense)
+        found = configured(written.module)
+        assert found is not None
+        path, model = found
+        config = express(written.module, path, self.dense, written.numbers)
+        target: Any = model
+        if config is not None:
+            for module in model.modules():
+                if hasattr(module, "config") and type(module.config) is type(config):
+                    module.config = config
+            target.save_pretrained(directory)
+            return True
+        target.config.save_pretrained(directory)
+        self.save(Path(directory) / "fxprune", overwrite=True)
+        return False
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write weights.safetensors, graph.json and plan.json into a directory, all or nothing.

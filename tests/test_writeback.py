@@ -381,14 +381,7 @@ def test_dead_channels_and_their_biases() -> None:
 
 # ---------------------------------------------------------------------- model libraries
 def test_llama_generates_with_a_cache() -> None:
-    shim_torchvision()
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    transformers, model = _llama()
     inputs = {"input_ids": torch.randint(3, 60, (2, 12)), "use_cache": False}
     pruned = fxprune.compile(model, inputs, target={"macs": 0.5}, keep_class=True)
     small = pruned.module
@@ -398,6 +391,48 @@ def test_llama_generates_with_a_cache() -> None:
     cached = small.generate(ids, use_cache=True, **options)
     assert cached.shape == (2, 13) and torch.equal(cached, small.generate(ids, use_cache=False, **options))
     assert model.config.intermediate_size == 128
+
+
+def _llama(**options: Any) -> Any:
+    shim_torchvision()
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    return transformers, transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_configuration_that_says_the_smaller_sizes(tmp_path: Path) -> None:
+    """Layers of one form stay alike, so that the configuration of the class can say it: `from_pretrained` reads it."""
+    transformers, model = _llama()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 12)), "use_cache": False}
+    pruned = fxprune.compile(model, inputs, target={"macs": 0.5})
+    assert pruned.save_pretrained(tmp_path / "small")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert loaded.config.hidden_size < 64 and loaded.config.intermediate_size < 128
+    assert torch.allclose(loaded(**inputs).logits, pruned.module(**inputs).logits, atol=1e-5)
+    assert model.config.hidden_size == 64
+
+
+def test_the_plan_beside_a_configuration_that_cannot(tmp_path: Path) -> None:
+    transformers, model = _llama()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 12)), "use_cache": False}
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 10  # one layer stays wider than the other
+    recipe = {"target": {"macs": 0.6}, "allocation": "global", "groups": ["hidden"], "round_to": 8}
+    pruned = fxprune.compile(model, inputs, recipe, criterion={"name": "magnitude", "normalize": "none"})
+    assert len({g.kept for g in pruned.plan.groups if "mlp" in g.name}) == 2
+    assert not pruned.save_pretrained(tmp_path / "small")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "small")
+    again = load_pruned(tmp_path / "small" / "fxprune").module_like(transformers.LlamaForCausalLM(config).eval())
+    assert torch.allclose(again(**inputs).logits, pruned.module(**inputs).logits, atol=1e-5)
+
+
+def test_a_model_without_configuration() -> None:
+    with pytest.raises(InputError, match="use `save`"):
+        fxprune.compile(nn.Linear(10, 8), X, target={"macs": 1.0}).save_pretrained("nowhere")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])

@@ -20,7 +20,7 @@ from fxprune.kept import Kept
 from fxprune.layers import constructor_arguments
 from fxprune.prove import difference, random_inputs
 from fxprune.writeback.scale import restore_scales
-from fxprune.writeback.solve import Solution, equations, name_of, solve
+from fxprune.writeback.solve import Solution, equations, solve
 from fxprune.writeback.traced import Calls, Key, assign, trace_attributes
 
 #: Allowed difference of outputs, relative to the largest, by precision.
@@ -33,13 +33,13 @@ class Written:
 
     Attributes:
         module: of the original class.
-        numbers: name of an attribute -> (dense, now).
+        numbers: attribute (`solve.name_of` writes it out) -> (dense, now).
         scales: tensors that took over a dense scale of attention -> what they were multiplied with.
         error: largest difference of an output from the rewritten graph's, relative to the largest output.
     """
 
     module: nn.Module
-    numbers: dict[str, tuple[int, int]]
+    numbers: dict[Key, tuple[int, int]]
     scales: dict[str, Tensor] = field(default_factory=dict)
     error: float = 0.0
 
@@ -81,7 +81,7 @@ def _solved(model: nn.Module, analysis: Analysis, kept: Kept) -> tuple[Solution,
     return solve(equations(analysis, kept, seen["calls"].calls), seen["numbers"]), seen["numbers"]
 
 
-def _assign(small: nn.Module, solution: Solution, dense: Mapping[Key, int]) -> dict[str, tuple[int, int]]:
+def _assign(small: nn.Module, solution: Solution, dense: Mapping[Key, int]) -> dict[Key, tuple[int, int]]:
     """Set what changes, on each module by itself."""
     modules = dict(small.named_modules(remove_duplicate=False))
     changed = {}
@@ -90,7 +90,7 @@ def _assign(small: nn.Module, solution: Solution, dense: Mapping[Key, int]) -> d
             path, name, *rest = key
             attributes = modules[path].__dict__
             attributes[name] = assign(attributes[name], tuple(rest), number)
-            changed[name_of(key)] = (dense[key], number)
+            changed[key] = (dense[key], number)
     return changed
 
 

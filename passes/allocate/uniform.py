@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from fxprune.costs import Costs
@@ -21,13 +22,13 @@ def alike(groups: list[Group]) -> list[list[Group]]:
 
 @ALLOCATORS.register("uniform")
 def uniform(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, budget: Budget) -> dict[str, int]:
-    """The largest common share, in steps of each set of groups of one form, that stays within the budget."""
+    """The largest common share that stays within the budget, rounded to the nearest step of each set of one form."""
     sets = [(members, widths(members, budget)) for members in alike(groups)]
     lowest = {g.axis: counts[0] for members, counts in sets for g in members}
     rungs = [
-        (n / members[0].size, i, {g.axis: n for g in members})
+        ((before + n) / (2 * members[0].size), i, {g.axis: n for g in members})
         for i, (members, counts) in enumerate(sets)
-        for n in counts[1:]
+        for before, n in itertools.pairwise(counts)
     ]
     kept = climb(lowest, [r for _, _, r in sorted(rungs, key=lambda r: r[:2])], costs, budget)
     return {g.name: kept[g.axis] for g in groups}
