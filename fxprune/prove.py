@@ -80,8 +80,10 @@ def prove(
     dtype = torch.float64 if level == "full" else torch.float32
     tolerance, worst, runs = TOLERANCE[dtype], 0.0, 0
     masks = Kept({}) if lossless else kept
-    capture_error = _capture_error(analysis, model) if level == "full" and model is not None else None
-    for candidates, randomise in _cases(analysis.captured, level, seed):
+    capture_error, first = None, analysis.captured.inputs
+    if level == "full" and model is not None:
+        capture_error, first = _capture_error(analysis, model)
+    for candidates, randomise in _cases(analysis.captured, first, level, seed):
         weights = dense_weights(analysis.captured, randomise and not lossless, seed)
         for inputs in candidates:
             try:
@@ -107,11 +109,14 @@ def prove(
     return Proof(level, worst, tolerance, runs, capture_error, lossless)
 
 
-def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
-    """The captured graph against the model's own forward, both in eval mode, in the model's own precision."""
+def _capture_error(analysis: Analysis, model: nn.Module) -> tuple[float | None, list[Any]]:
+    """The captured graph against the model's own forward, both in eval mode, in the model's own precision.
+
+    With it come the inputs that were used: the example's first row, if the model takes it, says as much as all of it.
+    """
     captured = analysis.captured
     if any(t.is_meta for t in [*captured.tensors.values(), *captured.inputs] if isinstance(t, Tensor)):
-        return None
+        return None, captured.inputs
     with torch.no_grad(), eval_with(ModelState(model), {}):
         for inputs in [*_first_row(captured, captured.inputs), captured.inputs]:
             args, kwargs = pytree.tree_unflatten(inputs, captured.in_spec)
@@ -130,22 +135,22 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> float | None:
             "the example inputs: the forward pass depends on values, on random numbers or on state outside its "
             "weights. Make it deterministic in eval mode."
         )
-    return error
+    return error, inputs
 
 
-def _cases(captured: Captured, level: Level, seed: int) -> list[tuple[list[list[Any]], bool]]:
+def _cases(captured: Captured, first: list[Any], level: Level, seed: int) -> list[tuple[list[list[Any]], bool]]:
     """(inputs, whether to randomise the weights) of each comparison; the first inputs that the graph takes are used.
 
-    The example's first row, and random rows on small images, show as much as all of it does, where the graph takes
-    them: it does not where a size is written into it.
+    Random rows on small images show as much as on large ones, where the graph takes them: it does not where a size is
+    written into it.
     """
     if level == "quick":
         row = random_inputs(captured, seed, batch=1)
         return [([*_shrunk(row), row], False)]
-    meta = any(isinstance(x, Tensor) and x.is_meta for x in captured.inputs)
-    first = random_inputs(captured, seed + 1) if meta else captured.inputs
+    if any(isinstance(x, Tensor) and x.is_meta for x in first):
+        first = random_inputs(captured, seed + 1)
     rows = random_inputs(captured, seed, batch=2)
-    return [([*_first_row(captured, first), first], False), ([*_shrunk(rows), rows], True)]
+    return [([first], False), ([*_shrunk(rows), rows], True)]
 
 
 def _first_row(captured: Captured, inputs: list[Any]) -> list[list[Any]]:

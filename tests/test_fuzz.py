@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from rules import FAMILIES, Net, checks, randomise
+from rules.samples_experts import FALLBACK as GROUPED
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from fxprune.rules import RULES
+from fxprune.rules.core import rule_of
 
 EXAMPLES = int(os.environ.get("FXPRUNE_FUZZ", "300"))
 REACHED: Counter[str] = Counter()
@@ -534,6 +536,17 @@ def picked(net: Grown, x: Tensor) -> Tensor:
     return net.choose(kinds)(x)
 
 
+def recurrent(net: Grown, x: Tensor) -> Tensor:
+    """A recurrent layer along the tokens: its outputs, or its last states."""
+    kind, width = net.choose([nn.LSTM, nn.GRU, nn.RNN]), net.choose([3, 4, 5])
+    options = {"num_layers": net.choose([1, 2]), "bidirectional": net.choose([False, True]), "batch_first": True}
+    y, state = net.layer(lambda: kind(x.shape[-1], width, **options))(x)
+    if net.choose([True, True, False]):
+        return y  # type: ignore[no-any-return]
+    state = state[0] if isinstance(state, tuple) else state
+    return state.transpose(0, 1)  # type: ignore[no-any-return]
+
+
 def to_image(net: Grown, x: Tensor) -> Tensor:
     if x.dim() == 2:
         return net.linear(x, net.choose(WIDTHS) * 4).view(x.shape[0], -1, 2, 2)
@@ -564,6 +577,31 @@ def outer(net: Grown, x: Tensor) -> Tensor:
     return y if y.shape[1] <= 48 else net.linear(y, 8)
 
 
+def experts(net: Grown, x: Tensor) -> Tensor:
+    """A router chooses one or two of a few experts for each row."""
+    number, top, width = net.choose([3, 4]), net.choose([1, 2]), net.choose([4, 5])
+    scores = net.linear(x, number).softmax(-1)
+    best, chosen = scores.topk(top, -1)
+    if net.choose([True, False]):  # rows sorted by expert, a product for each run of them
+        numbers, order = torch.sort(chosen.reshape(-1), stable=True)
+        ends = torch.histc(numbers.float(), number, 0, number - 1).cumsum(0, dtype=torch.int32)
+        y = GROUPED(x[order // top], net.parameter(number, x.shape[1], width), ends).tanh()
+        y = GROUPED(y, net.parameter(number, width, x.shape[1]), ends) * best.reshape(-1)[order].unsqueeze(-1)
+        return x + y[torch.argsort(order)].view(x.shape[0], top, -1).sum(1)
+    kinds: list[Callable[[], Tensor]] = [
+        lambda: (F.one_hot(chosen, number) * best.unsqueeze(-1)).sum(1),
+        lambda: torch.zeros_like(scores).scatter(1, chosen, best),
+        lambda: torch.zeros(x.shape[0], number).scatter_add(1, chosen, best),
+    ]
+    y = torch.einsum("bi,eio->beo", x, net.parameter(number, x.shape[1], width)).tanh()
+    return torch.einsum("beo,be->bo", y, net.choose(kinds)())
+
+
+def weight_normed(net: Grown, x: Tensor) -> Tensor:
+    out, dim = net.choose(WIDTHS), net.choose([0, 1])
+    return net.layer(lambda: weight_norm(nn.Linear(x.shape[1], out), dim=dim))(x)  # type: ignore[no-any-return]
+
+
 ANY: list[Step] = [
     *(projection, activation, residual, glu, gated, joined, split, sliced, padded, written, reduced, position_table),
     *(shuffled, tied, heads_scaled, stacked),
@@ -573,7 +611,7 @@ IMAGE: list[Step] = [
     *(space_to_depth, windows, rolled, to_tokens, to_vector, conv, image_norm),
 ]
 TOKENS: list[Step] = [
-    *(channel_attention, queried, multihead),
+    *(channel_attention, queried, multihead, recurrent, recurrent),
     *(
         token_norm,
         attention,
@@ -589,7 +627,7 @@ TOKENS: list[Step] = [
         einsum,
     ),
 ]
-VECTOR: list[Step] = [vector_norm, outer, to_image, to_tokens]
+VECTOR: list[Step] = [vector_norm, outer, to_image, to_tokens, experts, experts, weight_normed]
 STEPS = {step.__name__ for step in [*ANY, *IMAGE, *TOKENS, *VECTOR]}
 
 
@@ -651,12 +689,14 @@ def test_random_networks(case: tuple[Grown, Callable[[int], tuple[Tensor, ...]],
     for i in range(2):
         checks.check_emitted(net, analysis, checks.random_kept(groups, seed + i), inputs(2), tolerance=1e-2)
     REACHED.update(set(net.steps))
-    REACHED.update({_family(n.target) for n in analysis.captured.graph.nodes if n.target in RULES})
+    REACHED.update({_family(n.target) for n in analysis.captured.graph.nodes if rule_of(n.target) is not None})
     REACHED.update(["with groups"] * bool(groups))
 
 
 def _family(target: Any) -> str:
-    return f"rules.{RULES[target].infer.__module__.rpartition('.')[2]}"
+    rule = rule_of(target)
+    assert rule is not None
+    return f"rules.{rule.infer.__module__.rpartition('.')[2]}"
 
 
 def test_random_networks_reached_everything() -> None:
