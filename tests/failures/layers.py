@@ -96,6 +96,8 @@ class Detect(nn.Module):
         self.classes, self.bins = classes, 4
         self.boxes = nn.ModuleList([nn.Sequential(ConvBN(c, 16, 3), nn.Conv2d(16, 4 * 4, 1)) for c in channels])
         self.scores = nn.ModuleList([nn.Sequential(ConvBN(c, 12, 3), nn.Conv2d(12, classes, 1)) for c in channels])
+        for last in [branch[-1] for branch in (*self.boxes, *self.scores)]:
+            last.weight.data *= 10  # else the points of the grid, which no weight makes, are most of the result
         self.expected = nn.Conv2d(4, 1, 1, bias=False).requires_grad_(False)
         self.expected.weight.data[:] = torch.arange(4.0).view(1, 4, 1, 1)
         self.shape: Any = None

@@ -93,8 +93,15 @@ RECURRENT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("states", [False, True], ids=["steps", "last_state"])
-@pytest.mark.parametrize("name", RECURRENT)
+STEPS = ["lstm", "lstm_two_layers", "lstm_projected", "gru", "gru_bidirectional", "rnn"]
+LAST = ["lstm", "lstm_bidirectional", "gru"]
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [*((n, False) for n in STEPS), *((n, True) for n in LAST)],
+    ids=[*STEPS, *(f"{n}_last_state" for n in LAST)],
+)
 def test_row_15_recurrent_layers(name: str, states: bool) -> None:
     """The gates, the recurrent weight on both sides, and every reader lose the same hidden units. TP#44, #276, #404."""
     result = prune(Recurrent(RECURRENT[name](), states), torch.randn(2, 3, 9))
