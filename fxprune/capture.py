@@ -23,8 +23,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import function as autograd_function
 from torch.utils._mode_utils import no_dispatch
 
+from fxprune.admit import refuse_inputs
 from fxprune.axes import Size, tidy
 from fxprune.errors import CaptureError, FxpruneError, InputError
 from fxprune.record import Recorder
@@ -65,6 +67,7 @@ class Captured:
         in_spec, out_spec: pytree specifications of ((args, kwargs)) and of the result.
         symbols: the dynamic sizes; empty where everything is static.
         notes: what the user should know about the capture.
+        types: module path -> the names of its class and of those that it derives from.
     """
 
     graph: fx.Graph
@@ -77,6 +80,7 @@ class Captured:
     inputs: list[Any]
     symbols: list[Symbol]
     notes: list[str] = field(default_factory=list)
+    types: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _formulas: dict[Size, dict[tuple[str, ...], int]] = field(default_factory=dict)
 
     def affine(self, size: Size) -> dict[tuple[str, ...], int]:
@@ -144,8 +148,17 @@ def capture(
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     names = _input_names(model, args, kwargs)
     tensors = {n: x for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)}
+    notes = refuse_inputs(tensors)
+    captured = _captured(_Session(model, names, leaves, in_spec), tensors, dynamic_shapes)
+    captured.notes += notes
+    return captured
+
+
+def _captured(
+    session: _Session, tensors: dict[str, Tensor], dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None
+) -> Captured:
+    """Record with the sizes dynamic that are asked for, or with none where nobody insists and it does not work."""
     asked = _symbols(tensors, dynamic_shapes)
-    session = _Session(model, names, leaves, in_spec)
     if asked:
         try:
             return session.run(asked)
@@ -295,6 +308,7 @@ class _Session:
             inputs=self.leaves,
             symbols=symbols,
             notes=notes,
+            types=_class_names(self.state.modules),
         )
         for node in graph.nodes:
             for size in _varying(node.meta.get("shape")) if symbols else ():
@@ -325,7 +339,7 @@ class _Session:
         try:
             with eval_with(self.state, self._swapped()), _module_stack(self.paths, stack), _whole_operators():
                 around = inside(graph, self.state.modules) if inside else contextlib.nullcontext()
-                with self.mode, enable_python_dispatcher(), recorder, around:
+                with _autograd_functions(notes), self.mode, enable_python_dispatcher(), recorder, around:
                     out = self.model(*args, **kwargs)
                 leaves, out_spec = pytree.tree_flatten(out)
         except FxpruneError:
@@ -369,6 +383,13 @@ class _Session:
             raise CaptureError(f"the constant '{name}' differs between two recordings")
         self.constants[name] = tensor
         return name
+
+
+def _class_names(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    known: dict[type, tuple[str, ...]] = {}
+    for kind in {type(m) for m in modules.values()}:
+        known[kind] = tuple(c.__name__ for c in kind.__mro__ if c is not nn.Module and c is not object)
+    return {path: known[type(m)] for path, m in modules.items()}
 
 
 @contextlib.contextmanager
@@ -457,6 +478,28 @@ def _whole_operators() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = told
         logger.disabled = quiet
+
+
+@contextlib.contextmanager
+def _autograd_functions(notes: list[str]) -> Iterator[None]:
+    """Note each `torch.autograd.Function` that runs: its operators are recorded, what its `backward` says is not."""
+    found: list[str] = []
+    before = autograd_function._is_setup_context_defined
+
+    def seen(setup_context: Any) -> bool:  # every `apply` asks, also one that was bound before this began
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_locals.get("cls") if frame and frame.f_back else None
+        if isinstance(caller, type) and not caller.__module__.startswith("torch.") and caller.__name__ not in found:
+            found.append(caller.__name__)
+        return bool(before(setup_context))  # type: ignore[no-untyped-call]
+
+    autograd_function._is_setup_context_defined = seen
+    try:
+        yield
+    finally:
+        autograd_function._is_setup_context_defined = before
+    if found:
+        notes.append(f"gradients pass through the operators inside {', '.join(found)}, not through `backward` of it")
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.admit import admit
 from fxprune.analyse import Analysis, analyse
 from fxprune.axes import Axis, Dim, Fixed, Product, atoms
 from fxprune.capture import capture
@@ -154,7 +155,9 @@ class Explainer:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         self._model = type(model).__name__
-        self._analysis: Analysis = analyse(capture(model, args, kwargs or {}))
+        admitted = admit(model)
+        self._analysis: Analysis = analyse(capture(admitted.model, args, kwargs or {}))
+        self._analysis.captured.notes += admitted.notes
         self._groups = find_groups(self._analysis)
         self._costs = Costs(self._analysis)
 

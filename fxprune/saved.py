@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxprune import graphfile
+from fxprune.admit import admit
 from fxprune.analyse import analyse
 from fxprune.capture import capture
 from fxprune.errors import CaptureError, InputError, SavedModelError
@@ -175,6 +176,7 @@ def _replay(
     model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: dict[str, Tensor]
 ) -> fx.GraphModule:
     try:
+        model = admit(model).model
         analysis = analyse(capture(model, args, kwargs, plan.dynamic or False))
     except (CaptureError, InputError) as error:
         raise SavedModelError(f"the model does not run on the inputs that the plan was made for: {error}") from error

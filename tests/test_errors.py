@@ -99,8 +99,8 @@ def test_recipe_errors(recipe: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("model", "x", "text"),
     [
-        (lambda x: x, X, "the model is a torch.nn.Module, not function"),
-        (nn.Linear, X, "the model is a torch.nn.Module, not type"),
+        (lambda x: x, X, "the model is a torch.nn.Module, not function; let the `forward` of a module call it"),
+        (nn.Linear, X, "the model is a torch.nn.Module, not type; a class is not a model yet, make one"),
         (None, "x", "example inputs are a tensor, a tuple of positional inputs or a dict of keyword inputs, not str"),
         (None, (X, X), "Sequential.forward(input) does not take these inputs: too many positional arguments"),
         (None, {"y": X}, "Sequential.forward(input) does not take these inputs: missing a required argument: 'input'"),
