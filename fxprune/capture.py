@@ -10,6 +10,7 @@ so in the notes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import logging
@@ -358,7 +359,11 @@ class _Session:
                 )
                 results.append(None)
         if not any(isinstance(r, fx.Node) for r in results):
-            raise CaptureError(f"{type(self.model).__name__} returns no tensor, so there is nothing to keep equal")
+            record = next((type(x).__name__ for x in leaves if dataclasses.is_dataclass(x)), None)
+            hint = f"; let torch.utils._pytree.register_dataclass({record}) say what is in it" if record else ""
+            raise CaptureError(
+                f"{type(self.model).__name__} returns no tensor, so there is nothing to keep equal{hint}"
+            )
         graph.output(results)
         _detach_no_grad(graph, {n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)})
         graph.eliminate_dead_code()

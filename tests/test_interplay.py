@@ -571,3 +571,15 @@ def test_nested_inputs_and_outputs(mode: str, tmp_path: Path) -> None:
     small.save(tmp_path / "small")
     loaded = fxprune.load(tmp_path / "small")
     torch.testing.assert_close(loaded(batch, scale=2.0, mode=mode), small.module(batch, scale=2.0, mode=mode))
+
+
+@dataclass
+class Unregistered:
+    """An output that torch cannot look into."""
+
+    scores: Tensor
+
+
+def test_an_output_that_cannot_be_looked_into_says_how_it_could() -> None:
+    with pytest.raises(CaptureError, match=r"register_dataclass\(Unregistered\)"):
+        fxprune.compile(nn.Sequential(mlp(), Calls(Unregistered)), INPUT, HALF)  # type: ignore[arg-type]
