@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make test TORCH_ARGS='--index-url ...'
 TORCH_ARGS ?=
 
-.PHONY: .venv test lint fuzz demo wheel clean
+.PHONY: .venv test lint fuzz zoo demo wheel clean
 
 .venv: $(BIN)/fxprune
 
@@ -27,6 +27,9 @@ lint: .venv
 
 fuzz: .venv
 	FXPRUNE_FUZZ=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+zoo: .venv
+	$(BIN)/python -m bench.coverage
 
 demo: .venv
 	$(BIN)/python -m bench.demo
