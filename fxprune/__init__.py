@@ -7,7 +7,7 @@
 torch.Size([5, 4])
 """
 
-from fxprune.api import Pruned, compile
+from fxprune.api import Pruned, compile, dry_run
 from fxprune.errors import FxpruneError
 from fxprune.plan import Plan
 from fxprune.recipe import Recipe
@@ -16,4 +16,4 @@ from fxprune.rules.core import register_rule
 from fxprune.saved import load
 
 __version__ = "0.1.0"
-__all__ = ["FxpruneError", "Plan", "Pruned", "Recipe", "Report", "compile", "load", "register_rule"]
+__all__ = ["FxpruneError", "Plan", "Pruned", "Recipe", "Report", "compile", "dry_run", "load", "register_rule"]

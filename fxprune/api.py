@@ -18,7 +18,7 @@ from fxprune.admit import Admitted, admit
 from fxprune.analyse import Analysis, analyse
 from fxprune.capture import capture, example
 from fxprune.costs import Costs
-from fxprune.errors import BackendError, InputError
+from fxprune.errors import BackendError, InputError, RecipeError, SavedModelError
 from fxprune.groups import find_groups, frozen_dimensions
 from fxprune.keep_class import choose_for_class
 from fxprune.kept import Kept
@@ -208,6 +208,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
     progress: Progress | None = None,
+    plan: Plan | None = None,
     **overrides: Any,
 ) -> Pruned:
     """Prune a model: capture, analyse, choose, rewrite, prove.
@@ -220,10 +221,13 @@ def compile(
         kwargs: keyword inputs beside positional ones.
         dynamic_shapes: {input name: {dimension: size name}}; by default the batch is dynamic where the model allows it.
         progress: called with the name of each stage as it begins.
+        plan: what `dry_run` returned, or the plan of an earlier result: the same is kept, nothing is chosen anew. Its
+            recipe holds, with the overrides.
         overrides: keys of the recipe, `target={"macs": 0.5}`.
 
     Raises:
         RecipeError, InputError, CaptureError, TargetError, NonFiniteError, ProofError: see `fxprune.errors`.
+        SavedModelError: the plan does not fit the model.
 
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
     >>> pruned = compile(net, torch.randn(2, 8), {"target": {"macs": 0.5}})
@@ -235,25 +239,92 @@ def compile(
     >>> {name: list(dims) for name, dims in pruned.plan.kept.items()}
     {'0.weight': [0], '0.bias': [0], '2.weight': [1]}
     """
-    settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
+    settings = _settings(recipe, plan, overrides)
     admitted = admit(model)
     args, keywords = example(example_inputs, kwargs)
     clock = _Clock(progress)
     with _no_collection(), torch.inference_mode(False):  # inference tensors could not be trained
-        return _compile(admitted, args, keywords, settings, dynamic_shapes, clock)
+        chosen = _choose(admitted, args, keywords, settings, dynamic_shapes, clock, plan)
+        return _compile(admitted.model, args, keywords, settings, chosen, clock)
 
 
-def _compile(
+def dry_run(
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: Mapping[str, Any] | str | os.PathLike[str] | Recipe | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Return what `compile` would keep and what that costs, without cutting anything.
+
+    Each group says how many units stay and what of the recipe blocks or forces it. Hand the plan to
+    `compile(model, example_inputs, plan=plan)` to do it.
+
+    >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    >>> plan = dry_run(net, torch.randn(2, 8), {"target": {"macs": 0.5}})
+    >>> [(g.name, g.size, g.kept, g.params) for g in plan.groups], plan.costs["params"]
+    ([('0.weight.0', 64, 32, 416)], (836, 420))
+    >>> compile(net, torch.randn(2, 8), plan=plan).module.get_parameter("0.weight").shape
+    torch.Size([32, 8])
+    """
+    settings = _settings(recipe, None, overrides)
+    admitted = admit(model)
+    args, keywords = example(example_inputs, kwargs)
+    with _no_collection(), torch.inference_mode(False):
+        return _choose(admitted, args, keywords, settings, dynamic_shapes, _Clock(progress)).plan
+
+
+def _settings(recipe: Any, plan: Plan | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe; names that it gets wrong are refused before any work is done."""
+    from fxprune.backends import BACKENDS
+    from fxprune.passes.choose import functions
+
+    if plan is not None:
+        if recipe is not None:
+            raise RecipeError("give a recipe or a plan, not both: a plan has its recipe with it")
+        recipe = {"target": {"params": 1.0}, **plan.recipe}
+    settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
+    functions(settings)
+    BACKENDS[settings.backend]
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What is known once it is decided what stays; `biases` hold what constants of dead units add."""
+
+    analysis: Analysis
+    costs: Costs
+    kept: Kept
+    plan: Plan
+    multiple: int
+    biases: dict[str, Tensor]
+
+
+def _choose(
     admitted: Admitted,
     args: tuple[Any, ...],
     keywords: dict[str, Any],
     settings: Recipe,
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None,
     clock: _Clock,
-) -> Pruned:
-    model = admitted.model
+    plan: Plan | None = None,
+) -> _Chosen:
+    from fxprune.passes.choose import choose
+    from fxprune.select import reasons, say
+
+    if plan is not None and dynamic_shapes is None:
+        dynamic_shapes = plan.dynamic or False
     with clock.stage("capture"):
-        captured = capture(model, args, keywords, dynamic_shapes)
+        try:
+            captured = capture(admitted.model, args, keywords, dynamic_shapes)
+        except InputError as error:
+            if plan is None:
+                raise
+            raise SavedModelError(f"the plan does not fit the model and its inputs: {error}") from error
         captured.notes += admitted.notes
     with clock.stage("analyse"):
         analysis = analyse(captured)
@@ -266,22 +337,43 @@ def _compile(
             from fxprune.passes.dead import find_dead
 
             kept, biases = find_dead(analysis, groups, settings)
+        elif plan is not None:
+            kept = plan.selection(analysis)
         elif settings.keep_class:
-            kept, notes = choose_for_class(model, analysis, groups, settings, costs, multiple)
+            kept, notes = choose_for_class(admitted.model, analysis, groups, settings, costs, multiple)
             captured.notes += notes
         else:
-            from fxprune.passes.choose import choose
-
             kept = choose(analysis, groups, settings, costs, multiple)
+        chosen = Plan.of(
+            analysis,
+            groups,
+            kept,
+            costs,
+            plan.reasons() if plan is not None else reasons(say(analysis, groups, settings)),
+            biases=list(biases),
+            recipe=settings.model_dump(mode="json", exclude_unset=True),
+        )
+    if plan is not None and chosen.kept != plan.kept:
+        raise SavedModelError("the plan removes dead units, and this model's are others: make a new plan for it")
+    return _Chosen(analysis, costs, kept, chosen, multiple, biases)
+
+
+def _compile(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+    settings: Recipe,
+    chosen: _Chosen,
+    clock: _Clock,
+) -> Pruned:
+    analysis, kept, biases = chosen.analysis, chosen.kept, chosen.biases
     with clock.stage("rewrite"):
         rewritten = rewrite(analysis, kept, model, biases)
         written = module_like(model, analysis, kept, rewritten.module, settings.seed) if settings.keep_class else None
     with clock.stage("prove"):
         proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
-    plan = Plan.of(
-        analysis, groups, kept, biases=list(biases), recipe=settings.model_dump(mode="json", exclude_unset=True)
-    )
-    report = _report(model, analysis, costs, kept, plan, proof, clock.seconds, multiple, settings)
+    plan = chosen.plan
+    report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
     return Pruned(
         module=written.module if written else rewritten.module,
         plan=plan,
@@ -289,7 +381,7 @@ def _compile(
         args=args,
         kwargs=keywords,
         dense=model,
-        batch_dynamic=any(s.name == "batch" for s in captured.symbols),
+        batch_dynamic=any(s.name == "batch" for s in analysis.captured.symbols),
         written=written,
         _graph=rewritten.module if written else None,
     )

@@ -11,19 +11,32 @@ import numpy as np
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms, size_of
+from fxprune.costs import Costs
 from fxprune.errors import SavedModelError
 from fxprune.groups import Group, positions
 from fxprune.kept import Indices, Kept
+from fxprune.streams import roles
 
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """One group of the plan: its name, kind, number of units, and how many stay."""
+    """One group of the plan.
+
+    Attributes:
+        size, kept: how many units there are, and how many stay.
+        role: "residual", "ffn" or "": see `fxprune.streams`.
+        why: what of the recipe leaves it whole or says how much of it stays; "" where the allocation decides.
+        params, macs: what cutting this group alone saves.
+    """
 
     name: str
     kind: str
     size: int
     kept: int
+    role: str = ""
+    why: str = ""
+    params: int = 0
+    macs: int = 0
 
 
 @dataclass(slots=True)
@@ -35,6 +48,7 @@ class Plan:
         groups: every group that could have been cut.
         biases: names of biases that constants of removed units were folded into, in the emitted module.
         recipe: the recipe that it came from.
+        costs: "params" and "macs" of the dense model and of what is kept.
         dynamic: input name -> dimension -> size name: what was dynamic when the model was captured.
     """
 
@@ -43,20 +57,41 @@ class Plan:
     biases: list[str] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    costs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, analysis: Analysis, groups: list[Group], kept: Kept, **extra: Any) -> Plan:
-        """Return the plan of a selection."""
+    def of(
+        cls, analysis: Analysis, groups: list[Group], kept: Kept, costs: Costs, why: Mapping[str, str], **extra: Any
+    ) -> Plan:
+        """Return the plan of a selection; `why` says what of the recipe blocks or forces a group, by name."""
         table = {
             name: {i: kept.index(d).tolist() for i, d in enumerate(dims) if kept.cut(d)}
             for name, dims in analysis.tensors.items()
         }
-        rows = [GroupPlan(g.name, g.kind, g.size, len(kept[g.axis]) if g.axis in kept else g.size) for g in groups]
+        counts = {g.axis: len(kept[g.axis]) if g.axis in kept else g.size for g in groups}
+        part = roles(analysis, groups)
+        rows = [
+            GroupPlan(
+                g.name,
+                g.kind,
+                g.size,
+                counts[g.axis],
+                part.get(g.name, ""),
+                why.get(g.name, ""),
+                *(-costs.change(cost, {g.axis: counts[g.axis]}, {}) for cost in ("params", "macs")),
+            )
+            for g in groups
+        ]
+        total = {cost: (costs.of(cost, {}), costs.of(cost, counts)) for cost in ("params", "macs")}
         dynamic: dict[str, dict[int, str]] = {}
         for symbol in analysis.captured.symbols:
             for name, dim in symbol.places:
                 dynamic.setdefault(name, {})[dim] = symbol.name
-        return cls({n: t for n, t in table.items() if t}, rows, dynamic=dynamic, **extra)
+        return cls({n: t for n, t in table.items() if t}, rows, dynamic=dynamic, costs=total, **extra)
+
+    def reasons(self) -> dict[str, str]:
+        """Return what the recipe said about groups, by name."""
+        return {g.name: g.why for g in self.groups if g.why}
 
     def selection(self, analysis: Analysis) -> Kept:
         """Return the plan as kept indices of the axes of another capture of the same architecture.
@@ -107,6 +142,7 @@ class Plan:
                 biases=list(data["biases"]),
                 recipe=dict(data["recipe"]),
                 dynamic={n: {int(d): str(s) for d, s in t.items()} for n, t in data["dynamic"].items()},
+                costs={kind: (int(a), int(b)) for kind, (a, b) in data.get("costs", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -13,7 +13,30 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fxprune.errors import RecipeError
 from fxprune.registry import nearest
 
-Kind = Literal["channels", "heads", "head_dims", "hidden"]
+Kind = Literal["channels", "heads", "head_dims", "hidden", "ffn", "residual"]
+
+
+class Range(BaseModel):
+    """Bounds of the share of its units that a group keeps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: float = Field(default=0.0, ge=0, le=1)
+    max: float = Field(default=1.0, gt=0, le=1)
+
+
+def _share_or_range(pattern: Any, value: Any) -> Any:
+    """One value of `ratios`, checked here so that the message names its pattern."""
+    bounds = dict(value) if isinstance(value, Mapping) else {"min": value, "max": value}
+    if isinstance(value, Range):
+        return value
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in bounds.values())
+    if not numbers or not bounds or not bounds.keys() <= {"min", "max"}:
+        raise ValueError(f"'{pattern}' is given the share to keep, 0.5 for example, or {{min: 0.3, max: 0.8}}")
+    low, high = bounds.get("min", 0.0), bounds.get("max", 1.0)
+    if not 0 <= low <= high <= 1 or high == 0:
+        raise ValueError(f"'{pattern}': shares are in (0, 1], the smaller one first")
+    return Range(min=low, max=high) if isinstance(value, Mapping) else value
 
 
 class Target(BaseModel):
@@ -59,9 +82,14 @@ class Recipe(BaseModel):
         criterion: name of a criterion, or {"name": ..., option: value}.
         allocation: name of an allocator, or {"name": ..., option: value}.
         round_to: widths are multiples of it where they are large enough; None takes what the backend runs fast.
-        keep: globs of module or parameter names that stay whole: "head", "layer1.*", "*.embeddings".
-        groups: kinds of groups that may be cut; None is all.
-        floor: no group keeps a smaller share of its units than this.
+        keep: patterns of what stays whole: globs of module or parameter names ("head", "layer1.*"), classes
+            ("type:LayerNorm"), kinds ("kind:residual"), one dimension ("fc.weight.0") or the name of a group. A kept
+            layer keeps its inputs, too.
+        groups: kinds of groups that may be cut; None is all. "ffn" is the inner width of an MLP, "residual" what skip
+            connections carry; "not residual" excludes.
+        ratios: pattern -> the share that the groups of it keep, or {"min": share, "max": share}; the allocation spreads
+            the rest of the budget over all others.
+        floor: no group keeps a smaller share of its units than this, unless `ratios` say so.
         backend: what the model will run on.
         keep_class: return the original class with smaller parameters, and cut only what that class can express.
         proof: "full" (float64, randomised weights too) or "quick" (float32, one small input).
@@ -75,7 +103,8 @@ class Recipe(BaseModel):
     allocation: str | dict[str, Any] = "uniform"
     round_to: int | None = Field(default=None, ge=1)
     keep: tuple[str, ...] = ()
-    groups: tuple[Kind, ...] | None = None
+    groups: tuple[str, ...] | None = None
+    ratios: dict[str, float | Range] = Field(default_factory=dict)
     floor: float = Field(default=0.05, ge=0, lt=1)
     backend: str = "onnxruntime"
     keep_class: bool = False
@@ -86,6 +115,29 @@ class Recipe(BaseModel):
     @classmethod
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("groups")
+    @classmethod
+    def _kinds(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        known = list(get_args(Kind))
+        for kind in value or ():
+            if kind.removeprefix("not ") not in known:
+                hint = nearest(kind.removeprefix("not "), known) or "."
+                raise ValueError(f"there is no kind '{kind}'{hint} Known: {', '.join(known)}; each also after 'not '")
+        return value
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {pattern: _share_or_range(pattern, share) for pattern, share in value.items()}
+
+    @model_validator(mode="after")
+    def _together(self) -> Recipe:
+        if self.target.dead and self.ratios:
+            raise ValueError("dead removes what is dead and nothing else, so that `ratios` cannot be met with it")
+        return self
 
 
 def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, **overrides: Any) -> Recipe:

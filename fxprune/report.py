@@ -114,6 +114,19 @@ class Report:
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
 
+    def _blocked(self) -> list[str]:
+        """What the recipe leaves whole, by reason."""
+        names: dict[str, list[str]] = {}
+        for g in self.groups:
+            if g.why and g.kept == g.size:
+                names.setdefault(g.why, []).append(g.name)
+        lines = []
+        for why, groups in names.items():
+            count = "1 group stays" if len(groups) == 1 else f"{len(groups)} groups stay"
+            more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+            lines.append(f"{count} whole: {why} ({', '.join(groups[:3])}{more})")
+        return lines
+
     def lines(self) -> list[str]:
         """Return what follows the tables: proof, frozen dimensions, notes."""
         proof = self.proof
@@ -124,5 +137,6 @@ class Report:
         lines += [
             f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()
         ]
+        lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
         return lines

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from fxprune import passes
 from fxprune.analyse import Analysis
 from fxprune.costs import Costs
-from fxprune.errors import RecipeError, TargetError
-from fxprune.groups import Group, frozen_dimensions, matches
+from fxprune.errors import TargetError
+from fxprune.groups import Group, frozen_dimensions
 from fxprune.kept import Indices, Kept
-from fxprune.passes.registries import ALLOCATORS, CRITERIA, Budget, name_of, with_options
+from fxprune.passes.registries import ALLOCATORS, CRITERIA, Allocator, Budget, name_of, with_options
 from fxprune.passes.statistics import Scores, Statistics
 from fxprune.recipe import Recipe
+from fxprune.select import Say, limits, say
 
 
 def choose(
@@ -33,25 +34,41 @@ def choose(
         whole: names of further groups that stay whole, and why.
 
     Raises:
-        RecipeError: the criterion, the allocation or one of their options is unknown; `keep` matches nothing.
+        RecipeError: the criterion, the allocation or one of their options is unknown; `keep` or `ratios` match nothing,
+            or contradict each other.
         TargetError: the target cannot be reached; the text says what can be, and what stands in the way.
     """
-    passes.load()
-    criterion_name = name_of(recipe.criterion, "criterion")
-    score = with_options(CRITERIA[criterion_name].score, recipe.criterion, "criterion")
-    allocate = with_options(ALLOCATORS[name_of(recipe.allocation, "allocation")], recipe.allocation, "allocation")
-    eligible = [g for g in groups if blocked(g, recipe) is None and g.name not in (whole or {})]
-    _check_globs(analysis, recipe)
+    score, allocate = functions(recipe)
+    said = say(analysis, groups, recipe)
+    eligible = [g for g in groups if not (g.name in said and said[g.name].whole) and g.name not in (whole or {})]
     kind, share = recipe.target.cost
     steps = {g.name: step(g, multiple) for g in eligible}
+    own = {g.name: limits(g, said[g.name], steps[g.name]) for g in eligible if g.name in said}
     least = {g.name: max(g.least, math.ceil(recipe.floor * g.size)) for g in eligible}
+    least |= {name: few for name, (few, _) in own.items()}
     statistics = Statistics(analysis, recipe.seed)
     scores = {g.name: score(g, statistics) for g in eligible}
     try:
-        counts = allocate(eligible, scores, costs, Budget(kind, share, steps, least))
+        counts = allocate(eligible, scores, costs, Budget(kind, share, steps, least, own))
     except TargetError as error:
-        raise TargetError(f"{error}.\n{_obstacles(analysis, groups, recipe, costs, multiple)}") from None
+        raise TargetError(f"{error}.\n{_obstacles(analysis, groups, recipe, said, multiple)}") from None
+    for name, (few, most) in own.items():  # an allocation that knows nothing of limits
+        counts[name] = min(max(counts[name], few), most)
     return Kept({g.axis: _best(scores[g.name], counts[g.name]) for g in eligible})
+
+
+def functions(recipe: Recipe) -> tuple[Callable[..., Scores], Allocator]:
+    """Return the criterion and the allocator that a recipe names, with their options.
+
+    Raises:
+        RecipeError: there is no such name or option.
+    """
+    passes.load()
+    criterion, allocation = name_of(recipe.criterion, "criterion"), name_of(recipe.allocation, "allocation")
+    return (
+        with_options(CRITERIA[criterion].score, recipe.criterion, "criterion"),
+        with_options(ALLOCATORS[allocation], recipe.allocation, "allocation"),
+    )
 
 
 def _best(scores: Scores, count: int) -> Indices:
@@ -76,28 +93,11 @@ def step(group: Group, multiple: int) -> int:
     return units
 
 
-def blocked(group: Group, recipe: Recipe) -> str | None:
-    """Return why the recipe leaves a group whole, or None."""
-    if recipe.groups is not None and group.kind not in recipe.groups:
-        return f"the recipe cuts {', '.join(recipe.groups)} only, and this is of kind {group.kind}"
-    for name, _ in group.members:
-        if matches(name, list(recipe.keep)):
-            return f"it cuts '{name}', which the recipe keeps"
-    return None
-
-
-def _check_globs(analysis: Analysis, recipe: Recipe) -> None:
-    names = [*analysis.tensors, *analysis.captured.aliases]
-    for glob in recipe.keep:
-        if not any(matches(name, [glob]) for name in names):
-            raise RecipeError(f"recipe: keep: '{glob}' matches no module and no parameter of the model")
-
-
-def _obstacles(analysis: Analysis, groups: list[Group], recipe: Recipe, costs: Costs, multiple: int) -> str:
+def _obstacles(analysis: Analysis, groups: list[Group], recipe: Recipe, said: Mapping[str, Say], multiple: int) -> str:
     """What stands in the way of a target: groups that the recipe keeps, and the largest frozen dimensions."""
     lines = []
-    kept = [(g, why) for g in groups if (why := blocked(g, recipe))]
-    lines += [f"  {g.name} ({g.size} units): {why}" for g, why in kept[:5]]
+    why = {name: s.whole or s.why for name, s in said.items()}
+    lines += [f"  {g.name} ({g.size} units): {why[g.name]}" for g in groups if g.name in why][:5]
     tensors = analysis.captured.tensors
     frozen = sorted(frozen_dimensions(analysis), key=lambda w: -tensors[w.tensor].numel())
     lines += [f"  {w.tensor}, dimension {w.dim} ({w.size}): {w.reason}" for w in frozen[:5]]

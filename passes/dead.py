@@ -23,11 +23,11 @@ from fxprune.axes import Axis, Dim, atoms
 from fxprune.groups import Group, positions
 from fxprune.kept import Indices, Kept
 from fxprune.masked import MASKED
-from fxprune.passes.choose import blocked
 from fxprune.prove import Reference, dense_weights, random_inputs
 from fxprune.recipe import Recipe
 from fxprune.rules.core import bind, rule_of
 from fxprune.rules.pointwise import pointwise
+from fxprune.select import say
 
 aten = torch.ops.aten
 NAN = float("nan")
@@ -55,8 +55,9 @@ def find_dead(analysis: Analysis, groups: list[Group], recipe: Recipe) -> tuple[
     with torch.no_grad():
         constants.run(random_inputs(analysis.captured, recipe.seed, batch=2))
     kept: dict[Axis, Indices] = {}
+    said = say(analysis, groups, recipe)
     for group in groups:
-        if blocked(group, recipe) is None:
+        if group.name not in said:
             alive = ~_dead_units(analysis, constants, group.axis)
             missing = max(group.least - int(alive.sum()), 0)  # an empty layer is not a layer: some dead units stay
             alive[np.flatnonzero(~alive)[:missing]] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fxprune.costs import Costs
@@ -37,12 +37,14 @@ class Budget:
         share: of the dense cost.
         step: group name -> widths are multiples of this many units.
         least: group name -> the fewest units that may be kept.
+        limits: group name -> the fewest and the most units, for groups that the recipe gives limits of their own.
     """
 
     kind: str
     share: float
     step: Mapping[str, int]
     least: Mapping[str, int]
+    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 #: (groups, scores by group name, costs, budget, **options) -> kept units by group name.

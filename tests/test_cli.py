@@ -326,7 +326,11 @@ def test_doctor_says_which_package_is_at_fault(folder: Path, monkeypatch: pytest
         (2, "there is no target; pass --target with one of macs=SHARE, params=SHARE, dead", ()),
         (2, "recipe: there is no key 'target.mac'; did you mean 'macs'?", ("--target", "mac=0.5")),
         (2, "recipe: target.macs: Input should be less than or equal to 1", ("--target", "macs=1.5")),
-        (2, "recipe: groups.0: Input should be 'channels'", ("--target", "macs=0.5", "--groups", "channel")),
+        (
+            2,
+            "recipe: groups: there is no kind 'channel'; did you mean 'channels'?",
+            ("--target", "macs=0.5", "--groups", "channel"),
+        ),
         (2, "no criterion is called 'magnitud'; did you mean", ("--target", "macs=0.5", "--criterion", "magnitud")),
         (2, "no allocation is called 'unifrom'; did you mean", ("--target", "macs=0.5", "--allocation", "unifrom")),
         (2, "the recipe none.yaml cannot be read: No such file", ("--recipe", "none.yaml")),

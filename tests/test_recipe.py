@@ -22,6 +22,7 @@ FULL: dict[str, Any] = {
     "round_to": 4,
     "keep": ["4", "*.bias"],
     "groups": ["hidden", "channels"],
+    "ratios": {"0": {"min": 0.25, "max": 0.75}},
     "floor": 0.2,
     "backend": "torch",
     "keep_class": True,
@@ -40,6 +41,7 @@ keep:
   - "4"
   - "*.bias"
 groups: [hidden, channels]
+ratios: {"0": {min: 0.25, max: 0.75}}
 floor: 0.2
 backend: torch
 keep_class: true
@@ -90,6 +92,7 @@ def test_defaults() -> None:
         "round_to": None,
         "keep": (),
         "groups": None,
+        "ratios": {},
         "floor": 0.05,
         "backend": "onnxruntime",
         "keep_class": False,
@@ -114,7 +117,7 @@ def test_recipes_do_not_change() -> None:
 
 
 T = {"macs": 0.5}
-KNOWN = "target, criterion, allocation, round_to, keep, groups, floor, backend, keep_class, proof, seed"
+KNOWN = "target, criterion, allocation, round_to, keep, groups, ratios, floor, backend, keep_class, proof, seed"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,20 @@ KNOWN = "target, criterion, allocation, round_to, keep, groups, floor, backend, 
         ({"target": T, "floor": -0.1}, "recipe: floor: Input should be greater than or equal to 0 (given: -0.1)"),
         ({"target": T, "round_to": 0}, "recipe: round_to: Input should be greater than or equal to 1 (given: 0)"),
         ({"target": T, "groups": ["head"]},
-         "recipe: groups.0: Input should be 'channels', 'heads', 'head_dims' or 'hidden' (given: 'head')"),
+         "recipe: groups: there is no kind 'head'; did you mean 'heads'? Known: channels, heads, head_dims, hidden, "
+         "ffn, residual; each also after 'not ' (given: ['head'])"),
+        ({"target": T, "groups": "not ffm"}, "recipe: groups: there is no kind 'not ffm'; did you mean 'ffn'? Known: "
+         "channels, heads, head_dims, hidden, ffn, residual; each also after 'not ' (given: 'not ffm')"),
+        ({"target": T, "ratios": {"4": 1.5}}, "recipe: ratios: '4': shares are in (0, 1], the smaller one first "
+         "(given: {'4': 1.5})"),
+        ({"target": T, "ratios": {"4": {"most": 1}}},
+         "recipe: ratios: '4' is given the share to keep, 0.5 for example, or {min: 0.3, "
+         "max: 0.8} (given: {'4': {'most': 1}})"),
+        ({"target": T, "ratios": {"4": {"min": 0.8, "max": 0.3}}},
+         "recipe: ratios: '4': shares are in (0, 1], the smaller one first (given: {'4': {'min': 0.8, 'max': 0.3}})"),
+        ({"target": {"dead": True}, "ratios": {"4": 0.5}},
+         "recipe: target: dead removes what is dead and nothing else, so that `ratios` cannot be met with it "
+         "(given: {'target': {'dead': True}, 'ratios': {'4': 0.5}})"),
         ({"target": T, "proof": "slow"}, "recipe: proof: Input should be 'full' or 'quick' (given: 'slow')"),
         ({"target": T, "keep": 3}, "recipe: keep: Input should be a valid tuple (given: 3)"),
         ({"target": T, "seed": 1.5, "proof": 1},

@@ -26,8 +26,11 @@ def widths(groups: Sequence[Group], budget: Budget) -> list[int]:
     """
     size = groups[0].size
     step, least = lcm(*(budget.step[g.name] for g in groups)), max(budget.least[g.name] for g in groups)
-    counts = [n for n in range(step, size + 1, step) if n >= least]
-    return counts if counts and counts[-1] == size else [*counts, size]
+    most = min((budget.limits[g.name][1] for g in groups if g.name in budget.limits), default=size)
+    counts = [n for n in range(step, most + 1, step) if n >= least]
+    if counts and (counts[-1] == size or most < size):
+        return counts
+    return [*counts, most]
 
 
 def climb(lowest: Mapping[Axis, int], order: Sequence[Rung], costs: Costs, budget: Budget) -> dict[Axis, int]:

@@ -12,18 +12,18 @@ from fxprune.passes.registries import ALLOCATORS, Budget
 from fxprune.passes.statistics import Scores
 
 
-def alike(groups: list[Group]) -> list[list[Group]]:
-    """Return the groups in sets of the same form: the same layer repeated, the heads of one size."""
+def alike(groups: list[Group], limits: Mapping[str, tuple[int, int]] | None = None) -> list[list[Group]]:
+    """Return the groups in sets of the same form and limits: the same layer repeated, the heads of one size."""
     sets: dict[object, list[Group]] = {}
     for group in groups:
-        sets.setdefault(group.form, []).append(group)
+        sets.setdefault((group.form, (limits or {}).get(group.name)), []).append(group)
     return list(sets.values())
 
 
 @ALLOCATORS.register("uniform")
 def uniform(groups: list[Group], scores: Mapping[str, Scores], costs: Costs, budget: Budget) -> dict[str, int]:
     """The largest common share that stays within the budget, rounded to the nearest step of each set of one form."""
-    sets = [(members, widths(members, budget)) for members in alike(groups)]
+    sets = [(members, widths(members, budget)) for members in alike(groups, budget.limits)]
     lowest = {g.axis: counts[0] for members, counts in sets for g in members}
     rungs = [
         ((before + n) / (2 * members[0].size), i, {g.axis: n for g in members})

@@ -29,7 +29,8 @@ def width(
         strict: no group that has more than one unit is left out, however coarse the steps become; otherwise those stay
             whole of which the share is no whole number of units.
     """
-    moving = [g for g in groups if g.kind != "heads" and g.size >= (2 if strict else _STEPS)]
+    free = [g for g in groups if g.name not in budget.limits]
+    moving = [g for g in free if g.kind != "heads" and g.size >= (2 if strict else _STEPS)]
     steps = gcd(*(g.size for g in moving)) if moving else 1
     while moving and steps < _STEPS and not strict:  # the odd one out stays whole
         largest = max(g.size for g in moving)
@@ -37,6 +38,6 @@ def width(
         steps = gcd(*(g.size for g in moving)) if moving else 1
     least = max((budget.least[g.name] / g.size for g in moving), default=0.0)
     tables = [{g.axis: n * (g.size // steps) for g in moving} for n in range(1, steps + 1) if n >= least * steps]
-    whole = {g.axis: g.size for g in groups}
+    whole = {g.axis: budget.limits[g.name][1] if g.name in budget.limits else g.size for g in groups}
     kept = climb({**whole, **(tables[0] if tables else {})}, tables[1:], costs, budget)
     return {g.name: kept[g.axis] for g in groups}
