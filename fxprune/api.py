@@ -222,7 +222,7 @@ def compile(
         dynamic_shapes: {input name: {dimension: size name}}; by default the batch is dynamic where the model allows it.
         progress: called with the name of each stage as it begins.
         plan: what `dry_run` returned, or the plan of an earlier result: the same is kept, nothing is chosen anew. Its
-            recipe holds, with the overrides.
+            recipe holds; `backend`, `proof`, `seed` and `keep_class` can be given anew.
         overrides: keys of the recipe, `target={"macs": 0.5}`.
 
     Raises:
@@ -277,16 +277,33 @@ def dry_run(
         return _choose(admitted, args, keywords, settings, dynamic_shapes, _Clock(progress)).plan
 
 
+#: Keys of a recipe that a plan leaves open.
+_AFTER_CHOOSING = {"backend", "keep_class", "proof", "seed"}
+
+
+def settings_of(plan: Plan, overrides: Mapping[str, Any]) -> Recipe:
+    """Return a plan's recipe with what a plan leaves open overridden.
+
+    Raises:
+        RecipeError: an override is about what stays, which the plan has said.
+    """
+    late = sorted(key for key, value in overrides.items() if value is not None and key not in _AFTER_CHOOSING)
+    if late:
+        raise RecipeError(f"a plan says already what stays: {', '.join(late)} can no longer change it")
+    return read_recipe({"target": {"params": 1.0}, **plan.recipe}, **overrides)
+
+
 def _settings(recipe: Any, plan: Plan | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe; names that it gets wrong are refused before any work is done."""
     from fxprune.backends import BACKENDS
     from fxprune.passes.choose import functions
 
+    if plan is not None and recipe is not None:
+        raise RecipeError("give a recipe or a plan, not both: a plan has its recipe with it")
     if plan is not None:
-        if recipe is not None:
-            raise RecipeError("give a recipe or a plan, not both: a plan has its recipe with it")
-        recipe = {"target": {"params": 1.0}, **plan.recipe}
-    settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
+        settings = settings_of(plan, overrides)
+    else:
+        settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
     functions(settings)
     BACKENDS[settings.backend]
     return settings
@@ -313,7 +330,7 @@ def _choose(
     clock: _Clock,
     plan: Plan | None = None,
 ) -> _Chosen:
-    from fxprune.passes.choose import choose
+    from fxprune.passes.choose import choose, preferred
     from fxprune.select import reasons, say
 
     if plan is not None and dynamic_shapes is None:
@@ -330,7 +347,7 @@ def _choose(
         analysis = analyse(captured)
         groups = find_groups(analysis)
         costs = Costs(analysis)
-    multiple = settings.round_to or _preferred_multiple(settings.backend)
+    multiple = preferred(settings)
     biases: dict[str, Tensor] = {}
     with clock.stage("choose"):
         if settings.target.dead:
@@ -385,12 +402,6 @@ def _compile(
         written=written,
         _graph=rewritten.module if written else None,
     )
-
-
-def _preferred_multiple(backend: str) -> int:
-    from fxprune.backends import BACKENDS
-
-    return BACKENDS[backend].preferred_multiple
 
 
 def _report(

@@ -29,14 +29,16 @@ from rich.text import Text
 
 import fxprune
 from fxprune import passes
-from fxprune.api import Pruned
+from fxprune.api import Pruned, settings_of
 from fxprune.api import compile as compile_model
+from fxprune.api import dry_run as dry_run_model
 from fxprune.backends import BACKENDS
 from fxprune.backends.timing import LEAST_REPEATS
 from fxprune.doctor import backend_states, diagnose, first_line
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.explain import Coupling, Explainer, Explanation, FrozenInfo, GroupInfo, OperatorInfo, Step
 from fxprune.passes.registries import name_of
+from fxprune.plan import Plan
 from fxprune.recipe import Kind, Recipe, Target, read_recipe
 from fxprune.saved import PLAN, load_pruned
 from fxprune.sources import FORMS, Source, describe_inputs, resolve
@@ -187,6 +189,21 @@ Threads = Annotated[
 Batch = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Batch size for timing; by default that of the example inputs.")
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="What stays whole: head, 'layer1.*', type:LayerNorm, kind:residual, fc.weight.0, or a group's name.",
+    ),
+]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND", help=f"Cut only this kind: {', '.join(get_args(Kind))}; 'not KIND' excludes."),
+]
+Ratios = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=SHARE", help="Share of its units that a group keeps: fc1=0.5, or kind:ffn=0.3-0.8."),
+]
 _TARGETS = [f"{name}=SHARE" if f.annotation is not bool else name for name, f in Target.model_fields.items()]
 
 
@@ -203,6 +220,27 @@ def parse_target(text: str) -> dict[str, Any]:
         raise RecipeError(f"--target {text}: this is none of {', '.join(_TARGETS)}") from None
 
 
+def parse_ratios(texts: Sequence[str]) -> dict[str, Any]:
+    """Read `--ratios`: PATTERN=SHARE or PATTERN=LEAST-MOST.
+
+    >>> parse_ratios(["layer1=0.5", "kind:ffn=0.3-0.8"])
+    {'layer1': 0.5, 'kind:ffn': {'min': 0.3, 'max': 0.8}}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        pattern, _, share = text.rpartition("=")
+        try:
+            numbers = [float(n) for n in share.split("-")]
+        except ValueError:
+            numbers = []
+        if not pattern or not 1 <= len(numbers) <= 2:
+            raise RecipeError(
+                f"--ratios {text}: write PATTERN=SHARE, layer1=0.5, or PATTERN=LEAST-MOST, layer1=0.3-0.8"
+            )
+        found[pattern] = numbers[0] if len(numbers) == 1 else {"min": numbers[0], "max": numbers[1]}
+    return found
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
@@ -217,8 +255,11 @@ def _version(
 def compile(
     model: Model,
     out: Annotated[
-        Path, typer.Option(metavar="DIRECTORY", help="Where the pruned model is saved.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY", help="Where the pruned model is saved. Needed but for --dry-run.", show_default=False
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -237,49 +278,70 @@ def compile(
     round_to: Annotated[
         int | None, typer.Option(metavar="N", help="Widths are multiples of it; by default what the backend runs fast.")
     ] = None,
-    keep: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Modules or parameters that stay whole.")
-    ] = None,
-    groups: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KIND", help=f"Cut only groups of this kind: {', '.join(get_args(Kind))}."),
-    ] = None,
+    keep: Keep = None,
+    groups: Groups = None,
+    ratios: Ratios = None,
     floor: Annotated[
         float | None, typer.Option(metavar="SHARE", help="No group keeps a smaller share of its units.")
     ] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the model will run on: `fxprune backends`.")
     ] = None,
+    keep_class: Annotated[
+        bool, typer.Option("--keep-class", help="Cut only what the model's own class can express.")
+    ] = False,
     proof: Annotated[str | None, typer.Option(metavar="LEVEL", help="full or quick.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random.")] = None,
     inputs: Inputs = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time dense and pruned side by side.")] = True,
     threads: Threads = None,
     batch: Batch = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would stay and what that costs; --json prints the plan.")
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Do what a plan says: from --dry-run --json, or of a saved model."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is saved under these names.")] = False,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Write the pruned model as ONNX, too.")] = None,
     as_json: Json = False,
 ) -> Answer:
     """Prune MODEL to a target, prove the result, save it and time it."""
-    given = {
+    given: dict[str, Any] = {
         "target": parse_target(target) if target else None,
         "criterion": criterion,
         "allocation": allocation,
         "round_to": round_to,
         "keep": keep or None,
         "groups": groups or None,
+        "ratios": parse_ratios(ratios) if ratios else None,
         "floor": floor,
         "backend": backend,
+        "keep_class": keep_class or None,
         "proof": proof,
         "seed": seed,
     }
-    settings = _settings(recipe, given)
+    made = _read_plan(plan, recipe) if plan is not None else None
+    settings = _settings(recipe, given) if made is None else settings_of(made, given)
+    if dry_run:
+        return _dry_run(model, inputs or (), settings, made)
+    if out is None:
+        raise RecipeError("there is no --out DIRECTORY to save the pruned model in; --dry-run needs none")
     _check_before(settings, out, onnx, overwrite, measure)
     failure = None
     with Progress().running() as progress:
         progress("make the model")
         source = resolve(model, inputs or (), settings.seed)
-        pruned = compile_model(source.module, source.args, settings, kwargs=source.kwargs, progress=progress)
+        pruned = compile_model(
+            source.module,
+            source.args,
+            settings if made is None else None,
+            kwargs=source.kwargs,
+            progress=progress,
+            plan=made,
+            **({} if made is None else given),
+        )
         if measure:
             progress(f"measure on {settings.backend}")
             try:
@@ -301,6 +363,49 @@ def _settings(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
             f"there is no target; pass --target with one of {', '.join(_TARGETS)}, or a --recipe that has one"
         )
     return read_recipe(recipe, **given)
+
+
+def _read_plan(path: Path, recipe: Path | None) -> Plan:
+    """The plan in a file that `--dry-run --json` or `Plan.to_json` wrote, or in a saved model's plan.json."""
+    if recipe is not None:
+        raise RecipeError("give --recipe or --plan, not both: a plan has its recipe with it")
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise SavedModelError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SavedModelError(f"the plan {path} is not JSON: {error}") from error
+    return Plan.from_json(data.get("plan", data) if isinstance(data, dict) else {})
+
+
+def _dry_run(model: str, inputs: Sequence[str], settings: Recipe, made: Plan | None) -> Answer:
+    if made is not None:
+        raise RecipeError("--dry-run makes a plan, and --plan gives one: take one of the two")
+    with Progress().running() as progress:
+        progress("make the model")
+        source = resolve(model, inputs, settings.seed)
+        plan = dry_run_model(source.module, source.args, settings, kwargs=source.kwargs, progress=progress)
+    notes = [*source.notes, f"example inputs: {describe_inputs(source.args, source.kwargs)}"]
+    return Answer(
+        {"plan": json.loads(plan.to_json()), "notes": notes}, [*(f"note: {n}" for n in notes), *show_plan(plan)]
+    )
+
+
+def show_plan(plan: Plan) -> list[RenderableType]:
+    """Return what a plan keeps of each group, what that saves by itself, and what of the recipe says so."""
+    named = "criterion", "allocation"
+    how = [f"{key} {plan.recipe[key]}" for key in named if key in plan.recipe]
+    rows = table("group", "kind", "#units", "#kept", "#saves params", "#saves MACs", "because")
+    for g in plan.groups:
+        kind = f"{g.kind} ({g.role})" if g.role else g.kind
+        rows.add_row(g.name, kind, f"{g.size:,}", f"{g.kept:,}", f"{g.params:,}", f"{g.macs:,}", Text(g.why))
+    lines = [
+        f"{label}: {dense:,} -> {pruned:,} ({pruned / dense if dense else 1:.3f})"
+        for kind, label in (("params", "parameters"), ("macs", "MACs"))
+        for dense, pruned in [plan.costs[kind]]
+    ]
+    nothing = [] if plan.groups else ["There is no group: nothing can be cut."]
+    return [*nothing, *([rows] if plan.groups else []), *lines, *how]
 
 
 def _check_before(settings: Recipe, out: Path, onnx: Path | None, overwrite: bool, measure: bool) -> None:
@@ -360,15 +465,25 @@ def explain(
     frozen: Annotated[
         bool, typer.Option("--frozen", help="Every parameter dimension that stays whole, and why.")
     ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Mark what of a recipe blocks or forces each group.")
+    ] = None,
+    keep: Keep = None,
+    groups: Groups = None,
+    ratios: Ratios = None,
     inputs: Inputs = None,
     as_json: Json = False,
 ) -> Answer:
     """Say what can be cut from MODEL, what is coupled with what, and what stays whole and why."""
+    given = {"keep": keep or None, "groups": groups or None, "ratios": parse_ratios(ratios) if ratios else None}
+    asked = recipe is not None or any(given.values())
+    said: Any = {"target": {"params": 1.0}} if recipe is None else recipe
     with Progress().running() as progress:
         progress("make the model")
         source = resolve(model, inputs or ())
         progress("capture and analyse")
-        explainer = Explainer(source.module, source.args, source.kwargs)
+        settings = read_recipe(said, **given) if asked else None
+        explainer = Explainer(source.module, source.args, source.kwargs, settings)
         explanation = explainer.explain()
     data: dict[str, Any] = {}
     show: list[RenderableType] = []
@@ -407,9 +522,14 @@ def show_explanation(explanation: Explanation, inputs: str) -> list[RenderableTy
     """Return the groups of a model, and a summary of what stays whole."""
     head = f"{explanation.model}: {explanation.params:,} parameters, {explanation.macs:,} MACs on {inputs}"
     if explanation.groups:
-        rows = table("group", "kind", "#units", "#params/unit", "#MACs/unit", "#tensors")
+        marked = any(g.why for g in explanation.groups)
+        rows = table(
+            *("group", "kind", "role", "#units", "#params/unit", "#MACs/unit", "#tensors"),
+            *(["blocked or forced by"] if marked else []),
+        )
         for g in explanation.groups:
-            rows.add_row(g.name, g.kind, f"{g.units:,}", f"{g.params:,}", f"{g.macs:,}", str(g.tensors))
+            numbers = f"{g.units:,}", f"{g.params:,}", f"{g.macs:,}", str(g.tensors)
+            rows.add_row(g.name, g.kind, g.role, *numbers, *([Text(g.why)] if marked else []))
         show: list[RenderableType] = [head, rows]
     else:
         show = [head, "There is no group: nothing can be cut."]
@@ -430,8 +550,9 @@ def _no_rule(info: OperatorInfo) -> str:
 def show_group(info: GroupInfo, carriers: Sequence[Step]) -> list[RenderableType]:
     """Return every dimension that a group cuts and every node that carries it."""
     width = f", each {info.width} entries wide" if info.width > 1 else ""
+    role = f" ({info.role})" if info.role else ""
     head = (
-        f"{info.name}: {info.units} units of kind {info.kind}{width}; one less saves {info.params:,} parameters "
+        f"{info.name}: {info.units} units of kind {info.kind}{role}{width}; one less saves {info.params:,} parameters "
         f"and {info.macs:,} MACs"
     )
     mixed = any(m.made_of != info.name for m in info.members)
@@ -442,7 +563,7 @@ def show_group(info: GroupInfo, carriers: Sequence[Step]) -> list[RenderableType
     nodes = table("node", "operator", "module", "source line")
     for c in carriers:
         nodes.add_row(c.name, c.operator, c.path, c.source)
-    return [head, members, nodes]
+    return [head, *([info.why] if info.why else []), members, nodes]
 
 
 def show_coupling(coupling: Coupling) -> list[RenderableType]:

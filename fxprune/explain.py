@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections import Counter
@@ -18,8 +19,13 @@ from fxprune.capture import capture
 from fxprune.costs import Costs
 from fxprune.errors import InputError
 from fxprune.groups import Group, find_groups, frozen_dimensions, why_coupled
+from fxprune.passes.choose import preferred
+from fxprune.passes.choose import step as width_step
+from fxprune.recipe import Recipe
 from fxprune.registry import nearest
 from fxprune.rules.core import RULES
+from fxprune.select import Say, limits, say
+from fxprune.streams import roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +60,23 @@ class GroupInfo:
     """A group.
 
     Attributes:
+        role: "residual", "ffn" or "": see `fxprune.streams`.
         units: how many units there are.
         width: how many consecutive entries of a parameter's dimension one unit is.
         params, macs: what removing one unit from the dense model saves.
         members: every dimension that it cuts, parameters first.
+        why: what blocks or forces it: the recipe that was given, or an operator that needs some of its units.
     """
 
     name: str
     kind: str
+    role: str
     units: int
     width: int
     params: int
     macs: int
     members: tuple[Member, ...]
+    why: str = ""
 
     @property
     def tensors(self) -> int:
@@ -145,21 +155,34 @@ class Explainer:
     """Answers questions about one model, which is captured and analysed once.
 
     >>> import torch
+    >>> from fxprune.recipe import read_recipe
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
     >>> explainer = Explainer(net, (torch.randn(2, 8),))
     >>> [(g.kind, g.units, g.params) for g in explainer.explain().groups]
     [('hidden', 64, 13)]
     >>> explainer.coupled("0.weight.0", "2.weight.1").steps[-1]
     '2.weight, dimension 1'
+    >>> recipe = read_recipe(target={"macs": 0.5}, keep="2", round_to=8)
+    >>> Explainer(net, (torch.randn(2, 8),), recipe=recipe).explain().groups[0].why
+    "whole: it cuts '2.weight', which the recipe keeps"
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
         self._model = type(model).__name__
         admitted = admit(model)
         self._analysis: Analysis = analyse(capture(admitted.model, args, kwargs or {}))
         self._analysis.captured.notes += admitted.notes
         self._groups = find_groups(self._analysis)
         self._costs = Costs(self._analysis)
+        self._roles = roles(self._analysis, self._groups)
+        self._recipe = recipe
+        self._said = say(self._analysis, self._groups, recipe) if recipe is not None else {}
 
     def explain(self) -> Explanation:
         """Return groups, frozen dimensions and operators."""
@@ -243,12 +266,32 @@ class Explainer:
         return GroupInfo(
             name=group.name,
             kind=group.kind,
+            role=self._roles.get(group.name, ""),
             units=group.size,
             width=group.inner,
             params=self._costs.params({}) - self._costs.params(fewer),
             macs=self._costs.per_unit("macs", group.axis),
             members=tuple(self._member(name, dim) for name, dim in group.members),
+            why=self._why(group),
         )
+
+    def _why(self, group: Group) -> str:
+        """What blocks or forces a group: the recipe's patterns, its floor, its steps, an operator."""
+        needed = [f"an operator needs {group.least} units"] if group.least > 1 else []
+        if self._recipe is None:
+            return "; ".join(needed)
+        said = self._said.get(group.name, Say())
+        if said.whole is not None:
+            return f"whole: {said.whole}"
+        by = 1 if self._recipe.target.dead else width_step(group, preferred(self._recipe))
+        steps = [f"round_to: steps of {by}"] if by > 1 else []
+        if said.why:
+            few, most = limits(group, said, by)
+            count = f"{few} units" if few == most else f"{few} to {most} units"
+            return "; ".join([f"{said.why}: {count}", *steps, *needed])
+        least = math.ceil(self._recipe.floor * group.size)
+        floor = [f"floor: {least} units or more"] if least > group.least else []
+        return "; ".join([*floor, *steps, *needed])
 
     def _member(self, name: str, dim: int) -> Member:
         captured = self._analysis.captured

@@ -77,6 +77,13 @@ def _best(scores: Scores, count: int) -> Indices:
     return np.sort(order)
 
 
+def preferred(recipe: Recipe) -> int:
+    """Return what widths are rounded to: `round_to`, or what the backend runs fast."""
+    from fxprune.backends import BACKENDS
+
+    return recipe.round_to or BACKENDS[recipe.backend].preferred_multiple
+
+
 def step(group: Group, multiple: int) -> int:
     """Return the number of units by which a group shrinks, so that its width stays a multiple of `multiple`.
 

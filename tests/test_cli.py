@@ -263,7 +263,7 @@ def test_explain(folder: Path) -> None:
     assert (data["model"], data["params"], data["inputs"]) == ("Net", 4996, "2x8 float32")
     shown = run("explain", "nets.py:net").stdout
     assert "Net: 4,996 parameters, 9,728 MACs on 2x8 float32" in shown
-    assert re.search(r"second\.\w+\.0 +hidden +64 +69 +136 +3", shown)
+    assert re.search(r"second\.\w+\.0 +hidden +ffn +64 +69 +136 +3", shown)
 
 
 def test_explain_answers_only_what_was_asked(folder: Path) -> None:
@@ -540,3 +540,64 @@ def test_a_real_process_fails_with_the_code_of_the_error(folder: Path) -> None:
     done = subprocess_run(folder, "explain", "nets.py:nte")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("error: 'nets.py' has no 'nte'; did you mean 'net'?")
+
+
+# ---------------------------------------------------------------------- control
+def test_a_dry_run_writes_nothing_and_its_plan_can_be_done(folder: Path) -> None:
+    asked = ("--target", "params=0.6", "--round-to", "1", "--ratios", "first=0.25", "--keep", "second.weight.0")
+    text = run("compile", "nets.py:net", *asked, "--dry-run").stdout
+    assert {p.name for p in folder.iterdir()} <= {"nets.py", "neighbour.py", "__pycache__"}
+    for expected in ("first.weight.0", "hidden (ffn)", "ratios: 'first' keeps 0.25", "parameters: 4,996 ->"):
+        assert expected in " ".join(text.split())
+    data = run_json("compile", "nets.py:net", *asked, "--dry-run")
+    (folder / "plan.json").write_text(json.dumps(data))
+    made = run_json(
+        "compile", "nets.py:net", "--plan", "plan.json", "--out", "small", "--no-measure", "--proof", "quick"
+    )
+    assert made["report"]["groups"] == data["plan"]["groups"]
+    assert [g["kept"] for g in data["plan"]["groups"]] == [16, 64]
+    assert fxprune.load("small").get_parameter("first.weight").shape == (16, 8)
+    again = run_json("compile", "nets.py:net", "--plan", "small/plan.json", "--out", "twice", "--no-measure")
+    assert again["report"]["groups"] == data["plan"]["groups"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "arguments"),
+    [
+        (2, "there is no --out DIRECTORY", ("--target", "macs=0.5")),
+        (
+            2,
+            "--ratios first=half: write PATTERN=SHARE",
+            ("--target", "macs=0.5", "--ratios", "first=half", "--dry-run"),
+        ),
+        (2, "no criterion is called 'magnitud'", ("--target", "macs=0.5", "--criterion", "magnitud", "--dry-run")),
+        (2, "a plan says already what stays: keep", ("--plan", "plan.json", "--keep", "first", "--out", "small")),
+        (2, "take one of the two", ("--plan", "plan.json", "--dry-run")),
+        (2, "give --recipe or --plan, not both", ("--plan", "plan.json", "--recipe", "recipe.yaml", "--out", "small")),
+        (9, "the plan nowhere.json cannot be read", ("--plan", "nowhere.json", "--out", "small")),
+        (9, "this is not a plan", ("--plan", "list.json", "--out", "small")),
+        (9, "the plan nets.py is not JSON", ("--plan", "nets.py", "--out", "small")),
+    ],
+)
+def test_what_is_wrong_with_plans_and_dry_runs(folder: Path, code: int, text: str, arguments: tuple[str, ...]) -> None:
+    empty = {"kept": {}, "groups": [], "biases": [], "recipe": {}, "dynamic": {}}
+    (folder / "plan.json").write_text(json.dumps(empty))
+    (folder / "list.json").write_text("[]")
+    assert text in run("compile", "nets.py:net", *arguments, code=code).stderr
+
+
+def test_explain_marks_what_a_recipe_says(folder: Path) -> None:
+    """Each group says what blocks or forces it: a pattern, the floor, the steps."""
+    (folder / "recipe.yaml").write_text("target: {macs: 0.5}\nround_to: 8\nfloor: 0.5\n")
+    data = run_json("explain", "nets.py:net", "--recipe", "recipe.yaml", "--ratios", "second=0.5")
+    assert {g["name"]: g["why"] for g in data["groups"]} == {
+        "first.weight.0": "floor: 32 units or more; round_to: steps of 8",
+        "second.weight.0": "ratios: 'second' keeps 0.5: 32 units; round_to: steps of 8",
+    }
+    text = " ".join(run("explain", "nets.py:net", "--groups", "not ffn").stdout.split())
+    assert "blocked or forced by" in text and "whole: the recipe" in text
+    assert (
+        "whole: it cuts 'first.weight', which the recipe keeps"
+        in run(*("explain", "nets.py:net", "--keep", "first", "--group", "first.weight.0")).stdout
+    )
+    assert "blocked or forced by" not in run("explain", "nets.py:net").stdout
