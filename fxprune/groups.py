@@ -129,7 +129,14 @@ def _kinds(analysis: Analysis) -> dict[Axis, str]:
 
 def _multiplies_activations(node: fx.Node) -> bool:
     matmuls = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-    return node.target in matmuls and all(n.op != "get_attr" for n in node.all_input_nodes[-2:])
+    return node.target in matmuls and not any(map(_of_weights, node.all_input_nodes[-2:]))
+
+
+def _of_weights(node: fx.Node) -> bool:
+    """Whether the node holds weights as they are, or moved about."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
 
 
 def positions(dim: Dim, axis: Axis) -> list[Indices]:

@@ -52,6 +52,14 @@ class Attention(nn.Module):
         q = self.norm(q)
         if self.scale == "root":
             y = (q @ k.transpose(-2, -1) / math.sqrt(self.head_width)).softmax(-1) @ v
+        elif self.scale == "matmul":
+            q, k, v = (
+                (x @ self.qkv.weight.T + self.qkv.bias)
+                .view(*x.shape[:2], 3, self.heads, self.head_width)
+                .permute(2, 0, 3, 1, 4)
+                .unbind(0)
+            )
+            y = F.scaled_dot_product_attention(q, k, v)
         elif self.scale == "power":
             y = (q * self.head_width**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
         else:
@@ -133,7 +141,7 @@ def check(model: nn.Module, inputs: Any, **recipe: Any) -> tuple[Any, Any]:
 
 
 # ---------------------------------------------------------------------- models of our own
-@pytest.mark.parametrize("scale", ["default", "root", "power", "normed"])
+@pytest.mark.parametrize("scale", ["default", "root", "power", "normed", "matmul"])
 def test_attention_keeps_the_dense_scale(scale: str) -> None:
     """However the class arrives at its scale, what it computes with narrower heads is what the graph does."""
     model = encoder(scale)

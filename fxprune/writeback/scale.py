@@ -97,9 +97,11 @@ def _sources(node: fx.Node, reached: fx.Node) -> list[tuple[fx.Node, fx.Node]] |
 
     With each comes the value that its output has to reach: of a product, the one factor that is chosen.
     """
+    if node.op == "get_attr":  # a vector that is added: a bias on its own
+        return [(node, reached)] if len(node.meta["shape"]) == 1 else None
     if node.op != "call_function":
         return None
-    if node.target in _LAYERS:
+    if _weights(node) is not None:
         return [(node, reached)]
     operands = node.all_input_nodes
     name, rule = _name(node), rule_of(node.target)
@@ -114,11 +116,28 @@ def _sources(node: fx.Node, reached: fx.Node) -> list[tuple[fx.Node, fx.Node]] |
     return None
 
 
+def _weights(source: fx.Node) -> tuple[fx.Node, int, fx.Node | None] | None:
+    """(weight, its dimension that is the output's channels, bias) of a layer, or None where it is none."""
+    if source.op == "get_attr":
+        return source, 0, None
+    if source.target in _LAYERS:
+        named, (weight, dim, bias, _) = _bound(source)[0], _LAYERS[source.target]
+        held = named.get(weight)
+        return (held, dim, named.get(bias)) if isinstance(held, fx.Node) else None
+    if _name(source) not in ("matmul", "mm"):
+        return None
+    weight_node, dim = source.args[1], 1
+    while isinstance(weight_node, fx.Node) and _name(weight_node) in ("t", "transpose", "mT", "numpy_T", "permute"):
+        weight_node, dim = weight_node.args[0], 1 - dim
+    held = weight_node if isinstance(weight_node, fx.Node) and weight_node.op == "get_attr" else None
+    return (held, dim, None) if held is not None and len(held.meta["shape"]) == 2 else None
+
+
 def _scalable(source: fx.Node) -> bool:
-    named, layer = _bound(source)[0], _LAYERS[source.target]
-    weight, bias = named.get(layer[0]), named.get(layer[2])
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    held = _weights(source)
+    if held is None or held[0].op != "get_attr":
         return False
+    bias = held[2]
     return bias is None or all(n.op == "get_attr" for n, _ in _vectors(bias, torch.zeros(bias.meta["shape"])))
 
 
@@ -156,8 +175,8 @@ def _rows(source: fx.Node, operand: fx.Node) -> Tensor:
     result = values[operand]
     weights = torch.rand(result.shape, generator=generator) + 0.5
     (gradient,) = torch.autograd.grad((result * weights).sum(), values[source])
-    channel = _LAYERS[source.target][3]
-    rows: Tensor = (gradient != 0).movedim(channel, 0).flatten(1).any(1)
+    channel = _LAYERS[source.target][3] if source.target in _LAYERS else -1
+    rows: Tensor = (gradient != 0).movedim(channel, 0).reshape(gradient.shape[channel], -1).any(1)
     return rows
 
 
@@ -189,11 +208,12 @@ def _multiply(
     factors: dict[str, Tensor],
 ) -> None:
     """Multiply rows of a layer's weight and bias, once however often the layer is used."""
-    weight, channel, bias, _ = _LAYERS[source.target]
-    named, _ = _bound(source)
-    held = [(named[weight], rows, channel)]
-    if named.get(bias) is not None:
-        held += [(vector, part, 0) for vector, part in _vectors(named[bias], rows)]
+    found = _weights(source)
+    assert found is not None
+    weight, channel, bias = found
+    held = [(weight, rows, channel)]
+    if bias is not None:
+        held += [(vector, part, 0) for vector, part in _vectors(bias, rows)]
     for node, rows, dim in held:
         name = str(node.target)
         dims = analysis.tensors[name]
