@@ -53,7 +53,7 @@ def restore_scales(small: nn.Module, graph: fx.Graph, analysis: Analysis, kept: 
             continue
         for operands, factor in _wanted(node, other, analysis, kept):
             for operand in operands:
-                sources = _sources(operand, operand)
+                sources = _sources(operand, operand, {})
                 if sources is not None and all(_scalable(source) for source, _ in sources):
                     for source, reached in sources:
                         _multiply(small, source, _rows(source, reached), factor, analysis, kept, done, factors)
@@ -92,11 +92,22 @@ def _name(node: fx.Node) -> str:
 
 
 # ---------------------------------------------------------------------- where a factor can go
-def _sources(node: fx.Node, reached: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
+Sources = list[tuple[fx.Node, fx.Node]] | None
+
+
+def _sources(node: fx.Node, reached: fx.Node, known: dict[tuple[fx.Node, fx.Node], Sources]) -> Sources:
     """The layers whose outputs must all be multiplied for the node's value to be; None where none can be.
 
-    With each comes the value that its output has to reach: of a product, the one factor that is chosen.
+    With each comes the value that its output has to reach: of a product, the one factor that is chosen. What was found
+    once is `known`: sums upon sums have very many ways through them.
     """
+    if (node, reached) not in known:
+        known[node, reached] = None
+        known[node, reached] = _found(node, reached, known)
+    return known[node, reached]
+
+
+def _found(node: fx.Node, reached: fx.Node, known: dict[tuple[fx.Node, fx.Node], Sources]) -> Sources:
     if node.op == "get_attr":  # a vector that is added: a bias on its own
         return [(node, reached)] if len(node.meta["shape"]) == 1 else None
     if node.op != "call_function":
@@ -107,12 +118,12 @@ def _sources(node: fx.Node, reached: fx.Node) -> list[tuple[fx.Node, fx.Node]] |
     name, rule = _name(node), rule_of(node.target)
     family = rule.infer.__module__.rpartition(".")[2] if rule is not None else ""
     if name in _SUMS:
-        found = [_sources(o, reached) for o in operands]
+        found = [_sources(o, reached, known) for o in operands]
         return None if any(f is None for f in found) else list(dict.fromkeys(s for f in found for s in f or ()))
     if name in ("mul", "matmul", "bmm", "einsum"):
-        return next((f for f in (_sources(o, o) for o in operands) if f is not None), None)
+        return next((f for f in (_sources(o, o, known) for o in operands) if f is not None), None)
     if node.target is operator.getitem or name in (*_MOVES, "div") or family in ("movement", "indexing"):
-        return _sources(operands[0], reached)
+        return _sources(operands[0], reached, known)
     return None
 
 
