@@ -17,7 +17,7 @@ from fxprune.errors import RecipeError
 from fxprune.groups import KINDS, Group, matches
 from fxprune.recipe import Range, Recipe
 from fxprune.registry import nearest
-from fxprune.streams import ROLES, roles
+from fxprune.streams import ROLES, activations, axes_of, roles
 
 TYPE, KIND = "type:", "kind:"
 #: How closely a pattern means a group: by its own name or a dimension; by all that makes it; by some of its members.
@@ -123,24 +123,29 @@ class Patterns:
     @cached_property
     def _made(self) -> dict[Axis, set[str]]:
         """The weights of products and tables that have an axis and take nothing that does."""
+        analysis = self._analysis
         found: dict[Axis, set[str]] = {}
-        products = {n for n, _ in self._analysis.macs}
-        for node in self._analysis.captured.graph.nodes:
+        products, computed = {n for n, _ in analysis.macs}, activations(analysis)
+        for node in analysis.captured.graph.nodes:
             if node not in products and node.target is not torch.ops.aten.embedding.default:
                 continue
-            weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            inputs = {a for n in node.all_input_nodes if n.op != "get_attr" for a in self._axes(n)}
-            new = set(self._axes(node)) - inputs
-            for name in (str(w.target) for w in weights):
-                for axis in new & {a for dim in self._analysis.tensors[name] for a in atoms(dim)}:
+            inputs = {a for n in node.all_input_nodes if n in computed for a in axes_of(analysis, n)}
+            new = axes_of(analysis, node) - inputs
+            for name in _weights([n for n in node.all_input_nodes if n not in computed]):
+                for axis in new & {a for dim in analysis.tensors[name] for a in atoms(dim)}:
                     found.setdefault(axis, set()).add(name)
         return found
 
-    def _axes(self, node: fx.Node) -> Iterator[Axis]:
-        dims = self._analysis.dims[node]
-        for ds in dims if isinstance(dims, list) else [dims]:
-            for d in ds:
-                yield from atoms(d)
+
+def _weights(nodes: list[fx.Node]) -> set[str]:
+    """The tensors that nodes are computed from: a weight may be turned, or scaled to a norm, before it is used."""
+    left, found = list(nodes), set[str]()
+    while left:
+        node = left.pop()
+        left += node.all_input_nodes
+        if node.op == "get_attr":
+            found.add(str(node.target))
+    return found
 
 
 def _owners(name: str) -> Iterator[str]:

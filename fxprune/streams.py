@@ -59,7 +59,17 @@ def roles(analysis: Analysis, groups: Sequence[Group]) -> dict[str, str]:
     return found
 
 
-def _axes(analysis: Analysis, node: fx.Node) -> frozenset[Axis]:
+def activations(analysis: Analysis) -> set[fx.Node]:
+    """Return the nodes that depend on an input; all others are weights, constants, or computed from them."""
+    found: set[fx.Node] = set()
+    for node in analysis.captured.graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def axes_of(analysis: Analysis, node: fx.Node) -> frozenset[Axis]:
+    """Return the axes of a node's results."""
     dims = analysis.dims.get(node, ())
     several = dims if isinstance(dims, list) else [dims]
     return frozenset(axis for ds in several for d in ds for axis in atoms(d))
@@ -91,7 +101,7 @@ def _residual(analysis: Analysis) -> set[Axis]:
                 skipped = direct[short] & ancestors[long] & ~direct[long]
                 projected = once[short] & ancestors[long] & ~once[long]
                 if skipped or projected:
-                    found |= _axes(analysis, short) & _axes(analysis, long)
+                    found |= axes_of(analysis, short) & axes_of(analysis, long)
     return found
 
 
@@ -107,13 +117,10 @@ def _inner(analysis: Analysis) -> set[Axis]:
     made: set[Axis] = set()
     taken: set[Axis] = set()
     elsewhere: set[Axis] = set()
-    computed: set[fx.Node] = set()
-    for node in analysis.captured.graph.nodes:
-        if node.op == "placeholder" or any(n in computed for n in node.all_input_nodes):
-            computed.add(node)
+    computed = activations(analysis)
     for node in {node for node, _ in analysis.macs}:
-        inputs = frozenset[Axis]().union(*(_axes(analysis, n) for n in node.all_input_nodes if n in computed))
-        result = _axes(analysis, node)
+        inputs = frozenset[Axis]().union(*(axes_of(analysis, n) for n in node.all_input_nodes if n in computed))
+        result = axes_of(analysis, node)
         weighted = node.target in _PRODUCTS and any(n not in computed for n in node.all_input_nodes)
         if weighted:
             made |= result - inputs

@@ -148,6 +148,26 @@ def test_ratios_override_the_allocation(net: nn.Module) -> None:
     assert 0.55 < pruned.report.params.ratio <= 0.6
 
 
+class Turned(nn.Module):
+    """Layers written out: weights that are turned, or scaled to norms, before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ParameterDict({"weight": torch.randn(32, 8), "bias": torch.randn(32)})
+        self.second = nn.utils.parametrizations.weight_norm(nn.Linear(32, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.first["weight"].t() + self.first["bias"]).relu()
+        return self.head(self.second(x).relu())
+
+
+def test_ratios_of_layers_that_are_written_out() -> None:
+    recipe = {"target": {"params": 1.0}, "round_to": 1, "ratios": {"first": 0.5, "second": 0.25}}
+    plan = fxprune.compile(Turned().eval(), X, recipe).plan
+    assert sorted((g.size, g.kept) for g in plan.groups) == [(16, 4), (32, 16)]
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "global", "width"])
 def test_every_allocation_keeps_to_ratios(net: nn.Module, allocation: str) -> None:
     ratios = {"first.up": 0.25, SECOND: {"min": 0.75, "max": 0.9}}
