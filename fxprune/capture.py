@@ -30,6 +30,7 @@ from torch.utils._mode_utils import no_dispatch
 from fxprune.admit import refuse_inputs
 from fxprune.axes import Size, tidy
 from fxprune.errors import CaptureError, FxpruneError, InputError
+from fxprune.higher_order import recorded_as_operators
 from fxprune.record import Recorder
 
 #: More dynamic sizes than this would need too many recordings.
@@ -426,9 +427,18 @@ class ModelState:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for container, copy in contents:
-                if container or copy:
+                if not _same(container, copy):  # some, as a frozen configuration, refuse to be written to
                     container.clear()
                     container.extend(copy) if isinstance(container, list) else container.update(copy)
+
+
+def _same(container: Any, copy: Any) -> bool:
+    """Whether both hold the same objects in the same order."""
+    if isinstance(container, set):
+        return bool(container == copy)
+    if isinstance(container, dict):
+        container, copy = [*container, *container.values()], [*copy, *copy.values()]
+    return len(container) == len(copy) and all(a is b for a, b in zip(container, copy, strict=True))
 
 
 def _containers(state: dict[Any, Any] | list[Any]) -> Iterator[tuple[Any, Any]]:
@@ -477,7 +487,7 @@ def _whole_operators() -> Iterator[None]:
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what the CaptureError says
     quiet, logger.disabled = logger.disabled, True
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), recorded_as_operators():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
