@@ -99,16 +99,73 @@ def _var_mean(
     return variance, _mean(x, mask, dims, keepdim)
 
 
+@_for(aten.var.default)
+def _var_all(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    return _variance(x, mask, None, False, int(unbiased))
+
+
+@_for(aten.std.default)
+def _std_all(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    return _variance(x, mask, None, False, int(unbiased)).sqrt()
+
+
+@_for(aten.var_mean.default)
+def _var_mean_all(x: Tensor, mask: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
+    return _var_all(x, mask, unbiased), _mean(x, mask)
+
+
+@_for(aten.var_mean.dim)
+def _var_mean_dim(
+    x: Tensor, mask: Tensor, dims: Any, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _var_dim(x, mask, dims, unbiased, keepdim), _mean(x, mask, dims, keepdim)
+
+
+def _rooted(of: Masked) -> Masked:
+    """Standard deviation and mean from variance and mean."""
+
+    def std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        variance, mean = of(*args, **kwargs)
+        return variance.sqrt(), mean
+
+    return std_mean
+
+
+MASKED[aten.std_mean.default] = _rooted(_var_mean_all)
+MASKED[aten.std_mean.dim] = _rooted(_var_mean_dim)
+MASKED[aten.std_mean.correction] = _rooted(_var_mean)
+
+
+@_for(aten.nanmean)
+def _nanmean(x: Tensor, mask: Tensor, dims: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    return torch.nanmean(_filled(x, mask, math.nan), _dims(x, dims), keepdim)
+
+
+@_for(aten.aminmax.default)
+def _aminmax(x: Tensor, mask: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = _dims(x, dim)
+    low, high = _filled(x, mask, math.inf), _filled(x, mask, -math.inf)
+    return torch.amin(low, dims, keepdim), torch.amax(high, dims, keepdim)
+
+
+@_for(aten.pairwise_distance.default)
+def _pairwise_distance(
+    x: Tensor, mask: Tensor, y: Tensor, p: Any = 2, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    result: Tensor = torch.linalg.vector_norm((x - y + eps) * mask, p, -1, keepdim)
+    return result
+
+
 def _filled(x: Tensor, mask: Tensor, value: float) -> Tensor:
     return torch.where(mask, x, torch.full((), value, dtype=x.dtype, device=x.device))
 
 
-@_for(aten.softmax.int, aten._softmax.default)
+@_for(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
 def _softmax(x: Tensor, mask: Tensor, dim: int, *_: Any, **__: Any) -> Tensor:
     return torch.softmax(_filled(x, mask, -math.inf), dim).nan_to_num(0.0)
 
 
-@_for(aten.log_softmax.int, aten._log_softmax.default)
+@_for(aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
 def _log_softmax(x: Tensor, mask: Tensor, dim: int, *_: Any, **__: Any) -> Tensor:
     return torch.where(mask, torch.log_softmax(_filled(x, mask, -math.inf), dim), torch.zeros_like(x))
 
@@ -161,8 +218,8 @@ def _vector_norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keep
     return result
 
 
-@_for(aten.norm.ScalarOpt_dim, aten.norm.Scalar)
-def _norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False) -> Tensor:
+@_for(aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.norm.ScalarOpt_dim_dtype, aten.norm.ScalarOpt_dtype)
+def _norm(x: Tensor, mask: Tensor, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
     result: Tensor = _vector_norm(x, mask, 2 if order is None else order, dims, keepdim)
     return result
 
@@ -197,6 +254,14 @@ def _layer_norm(
 ) -> Tensor:
     mean, variance = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
     return _affine((x - mean) / torch.sqrt(variance + eps), weight, bias)
+
+
+@_for(aten.native_layer_norm.default)
+def _native_layer_norm(
+    x: Tensor, mask: Tensor, shape: Any, weight: Mask, bias: Mask, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, variance = _moments(x, mask, list(range(x.dim() - len(shape), x.dim())))
+    return _layer_norm(x, mask, shape, weight, bias, eps), mean, 1 / torch.sqrt(variance + eps)
 
 
 @_for(aten.rms_norm.default)
@@ -234,6 +299,15 @@ def zeroed(args: tuple[Any, ...], masks: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 PREPARED |= dict.fromkeys(GATES, zeroed)
+#: In these, two weights may meet beside what is computed from the inputs; weights are not masked by themselves.
+PREPARED |= dict.fromkeys(
+    (
+        *(aten.einsum.default, aten.linalg_multi_dot.default, aten.chain_matmul.default, aten.addmm.default),
+        *(aten.baddbmm.default, aten.addbmm.default, aten.addmv.default, aten.cdist.default, aten.dist.default),
+        *(aten.cosine_similarity.default, aten.pairwise_distance.default),
+    ),
+    zeroed,
+)
 PREPARED[aten._weight_norm.default] = lambda args, _: args  # the rewriter keeps what it gives, see `kept_norms`
 
 
@@ -244,8 +318,19 @@ def _without_rows(args: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 PREPARED |= dict.fromkeys((aten._grouped_mm.default, "transformers.grouped_mm_fallback.default"), _without_rows)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, high: int) -> Tensor:
+    shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
+    scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return ((x / scale).round().add(zero).clamp(low, high) - zero) * scale
+
+
 #: Operators that torch has no kernel of in double precision -> the same as a function.
-EXACT = {aten._grouped_mm.default: by_expert}
+EXACT: dict[Any, Callable[..., Tensor]] = {
+    aten._grouped_mm.default: by_expert,
+    aten.fake_quantize_per_channel_affine.default: _fake_quantize,
+}
 
 
 def _extreme(pick: Callable[..., Any], value: float) -> Masked:

@@ -13,6 +13,12 @@ One file for each family:
 - `spatial`        pooling and interpolation
 - `recurrent`      LSTM, GRU, RNN, and their cells
 - `experts`        grouped matrix products of mixtures of experts
+- `stacking`       hstack and its like, hsplit and its like, grids, blocks, diagonals
+- `products`       inner, tensor and Kronecker products, bilinear layers, distances, decompositions
+- `spectral`       complex numbers and Fourier transforms
+- `sampling`       grids, regions of interest, deformable convolutions, unpooling
+- `ordering`       medians, quantiles, running extremes, places in an order
+- `losses`         what compares with a target
 
 A rule is a function `rule(site, *operands and arguments)`: tensor operands arrive as tuples of dimensions, other
 arguments as in the operator's schema with its defaults filled in. It equates dimensions through `site` and returns the
@@ -33,10 +39,16 @@ def load() -> None:
         creation,
         experts,
         indexing,
+        losses,
         movement,
         normalisation,
+        ordering,
         pointwise,
+        products,
         recurrent,
         reduction,
+        sampling,
         spatial,
+        spectral,
+        stacking,
     )

@@ -118,6 +118,17 @@ def convolution_transpose(
     return result
 
 
+@rule(aten.convolution.default, literals=_groups)
+def plain_convolution(
+    site: Site, x: Dims, weight: Dims, bias: Any, stride: Any, pad: Any, dilation: Any, transposed: bool, *rest: Any
+) -> Any:
+    """What convolutions of any rank are made of, as `torch.vmap` records them."""
+    more, groups = rest
+    if transposed:
+        return convolution_transpose(site, x, weight, bias, stride, pad, more, groups, dilation)
+    return convolution(site, x, weight, bias, stride, pad, dilation, groups)
+
+
 def _space(site: Site, x: Dims, weight: Dims) -> Dims:
     """Kernel and spatial dimensions stay whole."""
     rank = len(weight) - 2

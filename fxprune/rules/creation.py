@@ -24,6 +24,14 @@ def filled_like(site: Site, *_: Any, **__: Any) -> Dims:
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.eye.default)
+@rule(aten.randint.default, aten.randint.low, literals=output_shape("size"))
+@rule(aten.rand.generator, aten.randn.generator, literals=output_shape("size"))
+def random_numbers(site: Site, *_: Any, **__: Any) -> Dims:
+    return filled(site)  # type: ignore[no-any-return]
+
+
+@rule(aten.randperm.default, aten.logspace.default)
+@rule(aten.hann_window.default, aten.hann_window.periodic, aten.hamming_window.default, aten.empty_strided.default)
 @rule(aten.scalar_tensor.default)
 def positions(site: Site, *_: Any, **__: Any) -> Any:
     return site.outputs("its values depend on the position")

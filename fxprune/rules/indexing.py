@@ -18,6 +18,27 @@ def embedding(site: Site, weight: Dims, index: Dims, *_: Any) -> Dims:
     return (*index, *weight[1:])
 
 
+@rule(aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+def embedding_bag(site: Site, weight: Dims, index: Dims, offsets: Dims, *rest: Any) -> list[Dims]:
+    """Rows are summed, averaged or compared in bags -> (bags, width), and three tensors for the backward pass."""
+    site.freeze(weight[0], "its rows are looked up by index")
+    for dims in (index, offsets, rest[3] or ()):
+        for d in dims:
+            site.freeze(d, "it is put into bags")
+    outs: Any = site.outputs("for the backward pass")
+    if any(user.args[1] != 0 for user in site.node.users):
+        site.freeze(weight[1], "how its bags were made is used")
+    return [(Fixed(site.shape[0][0], "bags"), weight[1]), *outs[1:]]
+
+
+@rule(aten.embedding_renorm.default)
+def embedding_renorm(site: Site, weight: Dims, index: Dims, *_: Any) -> Dims:
+    """Rows that are looked up are scaled down to a norm, which all their entries take part in."""
+    for d in (*weight, *index):
+        site.freeze(d, "a norm is taken of its rows")
+    return tuple(site.axes.resolve(d) for d in weight)
+
+
 @rule(aten.select.int)
 def select(site: Site, x: Dims, dim: int, _index: Any) -> Dims:
     dim = positive(dim, len(x))
@@ -69,8 +90,55 @@ def gather(site: Site, x: Dims, dim: int, index: Dims, **_: Any) -> Dims:
     return tuple(site.axes.resolve(d) for d in index)
 
 
+@rule(aten.take_along_dim.default)
+def take_along_dim(site: Site, x: Dims, index: Dims, dim: int | None = None) -> Dims:
+    """The same, where dimensions of size 1 are stretched; without a dimension, of all entries in a row."""
+    if dim is None or len(x) != len(index):
+        for d in (*x, *index):
+            site.freeze(d, "its entries are picked by index")
+        return site.outputs("picked entries")  # type: ignore[no-any-return]
+    at = positive(dim, len(x))
+    site.picked(x[at], site.node.args[1], "its entries are picked by index")
+    rest = site.broadcast((*x[:at], ONE, *x[at + 1 :]), (*index[:at], ONE, *index[at + 1 :]))
+    return (*rest[:at], site.freeze(index[at], "it is a dimension of an index"), *rest[at + 1 :])
+
+
+@rule(aten.take.default)
+def take(site: Site, x: Dims, index: Dims) -> Dims:
+    """Entries are picked from all in a row."""
+    for d in x:
+        site.freeze(d, "its entries are picked by index")
+    return index
+
+
+@rule(aten.put.default, aten.masked_scatter.default)
+def put(site: Site, x: Dims, *rest: Any) -> Dims:
+    """Entries are overwritten one after the other: which is which depends on how many there are."""
+    for dims in (x, *rest):
+        for d in dims if isinstance(dims, tuple) else ():
+            site.freeze(d, "its entries are overwritten one after the other")
+    return site.outputs("some of it is overwritten")  # type: ignore[no-any-return]
+
+
+@rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+def index_fill(site: Site, x: Dims, dim: int, index: Dims, _value: Any) -> Dims:
+    """Entries along `dim` get one value."""
+    site.freeze(x[positive(dim, len(x))], "its entries are overwritten by index")
+    return x
+
+
+@rule(aten.index_reduce.default)
+def index_reduce(site: Site, x: Dims, dim: int, index: Dims, source: Dims, *_: Any, **__: Any) -> Dims:
+    """Entries along `dim` are multiplied, averaged or compared with others by index."""
+    dim = positive(dim, len(x))
+    site.freeze(x[dim], "its entries are written by index")
+    site.freeze(source[dim], "it is written by index")
+    return site.broadcast((*x[:dim], ONE, *x[dim + 1 :]), (*source[:dim], x[dim], *source[dim + 1 :]))
+
+
+@rule(aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two)
 @rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
-def scatter(site: Site, x: Dims, dim: int, index: Dims, source: Any = None, **_: Any) -> Dims:
+def scatter(site: Site, x: Dims, dim: int, index: Dims, source: Any = None, *_: Any, **__: Any) -> Dims:
     """Along `dim` entries are overwritten, or added to; index and source have the same dimensions."""
     dim = _along(site, x, dim, index, site.node.args[2])
     if isinstance(source, tuple):

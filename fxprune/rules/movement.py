@@ -180,7 +180,16 @@ def _split_sizes(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str,
 @rule(aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_split.Tensor, literals=_split_sizes)
 @rule(aten.unsafe_chunk.default, literals=_split_sizes)
 def split(site: Site, x: Dims, _sizes: Any, dim: int = 0) -> list[Dims]:
-    dim = positive(dim, len(x))
+    return cut_along(site, x, positive(dim, len(x)))
+
+
+def cut_along(site: Site, x: Dims, dim: int) -> list[Dims]:
+    """The results of cutting a dimension in pieces of the sizes that the results have."""
+    total: Size = 0
+    for shape in site.shape:
+        total = plus(total, shape[dim])
+    if total != size_of(x[dim]):
+        raise Misfit("the pieces of a split overlap or leave something out")
     pieces = site.axes.cut(x[dim], [shape[dim] for shape in site.shape], site.node)
     return [(*x[:dim], piece, *x[dim + 1 :]) for piece in pieces]
 
@@ -252,7 +261,7 @@ def _narrow_bounds(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[st
     return {"start": rw.size(before), "length": rw.size(piece)}
 
 
-@rule(aten.narrow.default, literals=_narrow_bounds)
+@rule(aten.narrow.default, aten.narrow_copy.default, literals=_narrow_bounds)
 def narrow(site: Site, x: Dims, dim: int, start: Any, length: Any) -> Dims:
     return slice_(site, x, dim, start, _end(start, length))  # type: ignore[no-any-return]
 
@@ -369,6 +378,14 @@ def _quotient(dim: Dim, n: int) -> Size:
     if size is None:
         raise Misfit(f"{dim} is not a multiple of {n}")
     return size
+
+
+@rule(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)
+@rule(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default)
+def pad_space(site: Site, x: Dims, amounts: Sequence[Any]) -> Dims:
+    """Positions are padded by reflection or repetition, channels pass."""
+    count = len(amounts) // 2
+    return (*x[:-count], *_spatial(site, x, count))
 
 
 def _spatial(site: Site, x: Dims, count: int) -> Dims:

@@ -46,6 +46,33 @@ def layer_norm(site: Site, x: Dims, shape: Sequence[int], *rest: Any) -> Dims:
     return x
 
 
+def _native_shape(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    dims, shape = rw.dims(node)[0], args["normalized_shape"]
+    return {"normalized_shape": [rw.size(d) for d in dims[len(dims) - len(shape) :]]}
+
+
+@rule(aten.native_layer_norm.default, literals=_native_shape)
+def native_layer_norm(site: Site, x: Dims, shape: Sequence[int], *rest: Any) -> list[Dims]:
+    """The same with its statistics: what layer norm is made of, as `torch.vmap` records it."""
+    layer_norm(site, x, shape, *rest)
+    statistics = (*x[: len(x) - len(shape)], *(ONE,) * len(shape))
+    return [x, statistics, statistics]
+
+
+@rule(aten.fake_quantize_per_channel_affine.default)
+def fake_quantize(site: Site, x: Dims, scale: Dims, zero: Dims, axis: int, *_: Any) -> Dims:
+    """Rounded with a scale and a zero point for each index along an axis."""
+    for vector in (scale, zero):
+        site.unify(x[axis], vector[0])
+    return x
+
+
+@rule(aten.fake_quantize_per_tensor_affine)
+def fake_quantize_whole(site: Site, x: Dims, *_: Any) -> Dims:
+    """Rounded with one scale and one zero point."""
+    return x
+
+
 def _num_groups(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
     major, _ = rw.split(rw.dims(args["input"])[1], args["num_groups"])
     return {"num_groups": rw.size(major)}

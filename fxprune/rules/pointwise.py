@@ -22,6 +22,13 @@ round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
 sub subtract tan tanh threshold to true_divide trunc type_as xlogy _to_copy zero
 __and__ __or__ __xor__ __lshift__ __rshift__ masked_fill
 where.self where.ScalarOther where.ScalarSelf where.Scalar
+_conj conj conj_physical _conj_physical _neg_view resolve_conj resolve_neg complex polar.default imag isreal
+absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh fix float_power gcd.default i0
+igamma igammac isclose isneginf isposinf lcm max.other min.other mvlgamma polygamma
+special_entr special_erfcx special_gammaln special_i0e special_i1 special_i1e special_log_ndtr special_ndtr
+special_ndtri special_xlog1py special_zeta
+exponential geometric uniform normal_functional cauchy log_normal random.default poisson randint_like.default
+_prelu_kernel feature_alpha_dropout
 zeros_like ones_like full_like empty_like rand_like randn_like bernoulli native_dropout data
 """
 

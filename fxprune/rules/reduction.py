@@ -26,7 +26,7 @@ def reduced(x: Dims, dims: Any, keepdim: bool) -> Dims:
 
 @rule(aten.sum, aten.mean, aten.amax, aten.amin, aten.logsumexp, aten.prod.dim_int, aten.prod.default, aten.nansum)
 @rule(aten.any.dim, aten.any.default, aten.all.dim, aten.all.default, aten.max.default, aten.min.default)
-@rule(aten.any.dims, aten.all.dims, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+@rule(aten.any.dims, aten.all.dims, aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.nanmean)
 def reduce(site: Site, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any) -> Dims:
     return reduced(x, dims, keepdim)
 
@@ -36,9 +36,40 @@ def vector_norm(site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: 
     return reduced(x, dims, keepdim)
 
 
-@rule(aten.norm.ScalarOpt_dim, aten.norm.Scalar)
-def norm(site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = False) -> Dims:
+@rule(aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.norm.ScalarOpt_dim_dtype, aten.norm.ScalarOpt_dtype)
+def norm(site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = False, **_: Any) -> Dims:
     return reduced(x, dims, keepdim)
+
+
+@rule(aten.frobenius_norm.dim)
+def frobenius_norm(site: Site, x: Dims, dims: Any, keepdim: bool = False) -> Dims:
+    return reduced(x, dims, keepdim)
+
+
+@rule(aten.linalg_norm.default, aten.linalg_norm.ord_str)
+def linalg_norm(site: Site, x: Dims, order: Any = None, dims: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+    """Of vectors, of matrices where two dimensions are named, of all entries where nothing is."""
+    if order is None:
+        return reduced(x, dims, keepdim)
+    return matrix_norm(site, x, order, range(len(x)) if dims is None else dims, keepdim)  # type: ignore[no-any-return]
+
+
+@rule(aten.linalg_matrix_norm.default, aten.linalg_matrix_norm.str_ord)
+def matrix_norm(
+    site: Site, x: Dims, order: Any = "fro", dims: Sequence[int] = (-2, -1), keepdim: bool = False, **_: Any
+) -> Dims:
+    """Sums and singular values that are zero do not show in a norm, unless the smallest is asked for."""
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not isinstance(order, str) and order < 0:
+        for d in dims:
+            site.freeze(x[d], "the smallest of its entries counts")
+    return reduced(x, dims, keepdim)
+
+
+@rule(aten.renorm.default)
+def renorm(site: Site, x: Dims, order: Any, dim: int, _most: Any) -> Dims:
+    """Every slice along a dimension is scaled down to a norm."""
+    return x
 
 
 def _enough(site: Site, x: Dims, dims: Any, correction: float) -> None:
@@ -60,7 +91,28 @@ def variance_dim(site: Site, x: Dims, dims: Any, unbiased: bool = True, keepdim:
     return reduced(x, dims, keepdim)
 
 
-@rule(aten.var_mean.correction)
+@rule(aten.var.default, aten.std.default)
+def variance_of_all(site: Site, x: Dims, unbiased: bool = True) -> Dims:
+    return variance_dim(site, x, list(range(len(x))), unbiased)  # type: ignore[no-any-return]
+
+
+@rule(aten.var_mean.default, aten.std_mean.default)
+def variance_of_all_and_mean(site: Site, x: Dims, unbiased: bool = True) -> list[Dims]:
+    return [variance_of_all(site, x, unbiased)] * 2
+
+
+@rule(aten.var_mean.dim, aten.std_mean.dim)
+def variance_dim_and_mean(site: Site, x: Dims, dims: Any, unbiased: bool = True, keepdim: bool = False) -> list[Dims]:
+    return [variance_dim(site, x, dims, unbiased, keepdim)] * 2
+
+
+@rule(aten.aminmax.default)
+def aminmax(site: Site, x: Dims, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
+    """The smallest and the largest of what is kept."""
+    return [reduced(x, dim, keepdim)] * 2
+
+
+@rule(aten.var_mean.correction, aten.std_mean.correction)
 def variance_and_mean(
     site: Site, x: Dims, dims: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> list[Dims]:
@@ -69,6 +121,7 @@ def variance_and_mean(
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+@rule(aten._safe_softmax.default, aten.special_softmax.default, aten.special_log_softmax.default)
 def softmax(site: Site, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
     """Shares of what is kept; learned positions beside those of the input stay, as they do in fused attention."""
     d = site.axes.resolve(x[dim]) if x else ONE
@@ -138,6 +191,15 @@ def rank(site: Site, x: Dims, *args: Any, **kwargs: Any) -> Any:
         tuple(o[i] if i == dim else d for i, d in enumerate(x)) for o in (outs if isinstance(outs, list) else [outs])
     ]
     return merged if isinstance(outs, list) else merged[0]
+
+
+@rule(aten.cross.default, aten.linalg_cross.default)
+def cross(site: Site, a: Dims, b: Dims, dim: int | None = -1) -> Dims:
+    """Vectors of three entries; where no dimension is named, the first that is so long."""
+    at = dim if dim is not None else next((i for i, d in enumerate(a) if size_of(d) == 3), -1)
+    for dims in (a, b):
+        site.freeze(dims[at], "it holds the coordinates of a vector product")
+    return site.broadcast(a, b)
 
 
 @rule(aten.glu.default)

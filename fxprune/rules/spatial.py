@@ -26,3 +26,5 @@ rule(aten.max_pool1d_with_indices, aten.upsample_nearest1d, aten.upsample_linear
 rule(aten.max_pool2d_with_indices, aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d)(_pool(2))
 rule(aten._upsample_nearest_exact2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa)(_pool(2))
 rule(aten.max_pool3d_with_indices, aten.upsample_nearest3d, aten.upsample_trilinear3d)(_pool(3))
+rule(aten._upsample_nearest_exact1d)(_pool(1))
+rule(aten._upsample_nearest_exact3d)(_pool(3))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 FAMILIES = (
     *("attention", "contraction", "creation", "indexing", "movement", "normalisation", "pointwise", "reduction"),
-    *("experts", "recurrent", "spatial"),
+    *("experts", "recurrent", "spatial", "stacking", "products", "spectral", "sampling", "ordering", "losses"),
 )
 
 

@@ -54,6 +54,20 @@ def _position_bias(net: Net, x: Tensor) -> Tensor:
     return net.linear(net.linear(x, 8).sin() * scale.squeeze(1), 3)
 
 
+def _plain(groups: int, transposed: bool) -> Any:
+    """The operator that convolutions are made of."""
+
+    def function(net: Net, x: Tensor) -> Tensor:
+        h = net.conv(x, 8)
+        weight = net.parameter(8, 12 // groups, 3, 3) if transposed else net.parameter(12, 8 // groups, 3, 3)
+        once = [1, 1]
+        y = aten.convolution.default(h, weight, net.parameter(12), once, once, once, transposed, [0, 0], groups)
+        return net.conv(y.sin(), 3)
+
+    note = ("transposed " if transposed else "") + f"{groups} groups"
+    return sample(aten.convolution.default, function, 2, 5, 4, groups=[8, 12] if groups == 1 else [2, 4, 6], note=note)
+
+
 SAMPLES = [
     sample(aten.linear.default, _position_bias, groups=[4, 6, 8], note="of weights"),
     sample(aten.linear.default, lambda net, x: net.linear(_hidden(net, x), 3), groups=[8]),
@@ -197,6 +211,7 @@ SAMPLES = [
         lambda net, x: net.linear(aten.einsum.default("bc,bc->bc", [_hidden(net, x), net.linear(x, 1)]), 3),
         [8],
     ),
+    *[_plain(groups, transposed) for groups in (1, 2) for transposed in (False, True)],
     *[_convolution(rank, {}, [8, 8], "plain") for rank in (1, 2, 3)],
     *[_convolution(rank, {"padding": "same"}, [8, 8], "same") for rank in (1, 2, 3)],
     *[_convolution(rank, {"stride": 2, "padding": 1}, [8, 8], "stride") for rank in (1, 2, 3)],

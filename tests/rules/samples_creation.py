@@ -62,6 +62,43 @@ SAMPLES = [
     ),
     sample(aten.rand.default, _added(aten.rand.default, weight=0.0), groups=[8]),
     sample(aten.randn.default, _added(aten.randn.default, weight=0.0), groups=[8]),
+    sample(aten.rand.generator, _added(aten.rand.generator, weight=0.0, generator=None), groups=[8]),
+    sample(aten.randn.generator, _added(aten.randn.generator, weight=0.0, generator=None), groups=[8]),
+    sample(
+        aten.randint.default,
+        lambda net, x: net.linear(net.linear(x, 8).tanh() + aten.randint.default(5, [x.shape[0], 8]) * 0.0, 3),
+        groups=[8],
+    ),
+    sample(
+        aten.randint.low,
+        lambda net, x: net.linear(net.linear(x, 8).tanh() + aten.randint.low(2, 5, [x.shape[0], 8]) * 0.0, 3),
+        groups=[8],
+    ),
+    *[
+        sample(
+            t,
+            lambda net, x, t=t, rest=rest: net.linear(
+                net.linear(x, 8).tanh() * (1 + t(x.shape[0], *rest).to(torch.float32).abs().sum()), 3
+            ),
+            groups=[8],
+        )
+        for t, rest in (
+            (aten.hann_window.default, ()),
+            (aten.hann_window.periodic, (False,)),
+            (aten.hamming_window.default, ()),
+            (aten.randperm.default, ()),
+        )
+    ],
+    sample(
+        aten.logspace.default,
+        lambda net, x: net.linear(net.linear(x, 8).tanh() * aten.logspace.default(0, 1, x.shape[0]).unsqueeze(-1), 3),
+        groups=[8],
+    ),
+    sample(
+        aten.empty_strided.default,
+        lambda net, x: net.linear(net.linear(x, 8) * aten.empty_strided.default([x.shape[0], 1], [1, 1]).fill_(2.0), 3),
+        groups=[8],
+    ),
     sample(aten.new_zeros.default, _new(aten.new_zeros.default), groups=[8]),
     sample(aten.new_ones.default, _new(aten.new_ones.default), groups=[8]),
     sample(aten.new_full.default, _new(aten.new_full.default, 0.3), groups=[8]),

@@ -53,6 +53,25 @@ def _written(net: Net, x: Tensor, target: Any, *rest: Any) -> Tensor:
     return net.linear(target(h, 1, index, *source), 3)
 
 
+def _rows_at(x: Tensor, width: int) -> Tensor:
+    return _at([2, 0]).view(1, 2, 1).expand(x.shape[0], 2, width)
+
+
+def _scattered(net: Net, x: Tensor, target: Any, how: str) -> Tensor:
+    """Rows 2 and 0 are combined with others."""
+    source = net.linear(x[:, :2], 8)
+    h, rows = _hidden(net, x), _rows_at(x, 8)
+    if target is aten.scatter_reduce.two:
+        return aten.scatter_reduce.two(h, 1, rows, source, how)  # type: ignore[no-any-return]
+    return target(h, 1, rows, source, reduce=how)  # type: ignore[no-any-return]
+
+
+def _bags(net: Net, x: Tensor, mode: int) -> Any:
+    """One bag for each row."""
+    offsets = torch.arange(x.shape[0]) * x.shape[1]
+    return aten.embedding_bag.default(net.parameter(9, 8), x.flatten(), offsets, False, mode)
+
+
 _SCATTERS = (aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
 
 SAMPLES = [
@@ -156,6 +175,116 @@ SAMPLES = [
     ),
     sample(aten.index_put.default, lambda net, x: _put(net, x, 2, 8), groups=None),
     sample(aten.index_put.default, lambda net, x: _put(net, x), groups=[8], note="one value"),
+    *[
+        sample(t, lambda net, x, t=t, how=how: net.linear(_scattered(net, x, t, how), 3), 4, 5, groups=[8])
+        for t, how in ((aten.scatter.reduce, "add"), (aten.scatter_reduce.two, "amax"))
+    ],
+    sample(
+        aten.scatter.value_reduce,
+        lambda net, x: net.linear(
+            aten.scatter.value_reduce(_hidden(net, x), 1, _rows_at(x, 8), 0.5, reduce="multiply"), 3
+        ),
+        *(4, 5),
+        groups=[8],
+    ),
+    *[
+        sample(
+            aten.index_reduce.default,
+            lambda net, x, how=how: net.linear(
+                aten.index_reduce.default(_hidden(net, x), 1, _at([2, 0]), _hidden(net, x[:, :2]), how), 3
+            ),
+            *(4, 5),
+            groups=[8],
+            note=how,
+        )
+        for how in ("mean", "amax")
+    ],
+    sample(
+        aten.index_fill.int_Scalar,
+        lambda net, x: net.linear(aten.index_fill.int_Scalar(_hidden(net, x), 1, _at([2, 0]), 0.5), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.index_fill.int_Scalar,
+        lambda net, x: net.linear(aten.index_fill.int_Scalar(_hidden(net, x), 2, _at([2, 0]), 0.5), 3),
+        *(4, 5),
+        groups=[],
+        note="channels",
+    ),
+    sample(
+        aten.index_fill.int_Tensor,
+        lambda net, x: net.linear(aten.index_fill.int_Tensor(_hidden(net, x), 1, _at([2, 0]), net.parameter()), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.take_along_dim.default,
+        lambda net, x: net.linear(aten.take_along_dim.default(_hidden(net, x), x[..., :1].argsort(1), 1), 3),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        aten.take_along_dim.default,
+        lambda net, x: net.linear(aten.take_along_dim.default(_hidden(net, x), x[..., :1].argsort(2), 2), 3),
+        *(4, 5),
+        groups=[],
+        note="channels",
+    ),
+    sample(
+        aten.take_along_dim.default,
+        lambda net, x: (
+            net.linear(_hidden(net, x), 3) * aten.take_along_dim.default(net.parameter(4, 6), _at([1, 3, 20]))
+        ),
+        groups=[8],
+        note="all",
+    ),
+    sample(
+        aten.take.default,
+        lambda net, x: net.linear(_hidden(net, x) * aten.take.default(net.parameter(4, 6), _at([7])), 3),
+        groups=[8],
+    ),
+    sample(
+        aten.put.default,
+        lambda net, x: net.linear(_hidden(net, x, 6), 8) @ aten.put.default(net.parameter(8, 3), _at([7]), _at([0.5])),
+        groups=[6],
+    ),
+    sample(
+        aten.masked_scatter.default,
+        lambda net, x: (h := net.linear(_hidden(net, x, 6), 3)) + aten.masked_scatter.default(h, x[:, :3] > 0, h.sin()),
+        groups=[6],
+    ),
+    *[
+        sample(
+            aten.embedding_bag.padding_idx,
+            lambda net, x, how=how: net.linear(net.layer(lambda: torch.nn.EmbeddingBag(9, 8, mode=how))(x).tanh(), 3),
+            inputs=_integers(9, 4),
+            groups=[8],
+            note=how,
+        )
+        for how in ("sum", "mean", "max")
+    ],
+    sample(
+        aten.embedding_bag.default,
+        lambda net, x: net.linear(_bags(net, x, 0)[0].tanh(), 3),
+        inputs=_integers(9, 4),
+        groups=[8],
+    ),
+    sample(
+        aten.embedding_bag.default,
+        lambda net, x: net.linear((bags := _bags(net, x, 2))[0], 3) + bags[3][:, :3].to(torch.float32),
+        inputs=_integers(9, 4),
+        groups=[],
+        note="how it was made",
+    ),
+    sample(
+        aten.embedding_renorm.default,
+        lambda net, x: net.linear(
+            net.linear(aten.embedding.default(aten.embedding_renorm.default(net.parameter(9, 6), x, 0.5, 2.0), x), 8), 3
+        ),
+        inputs=_integers(9, 4),
+        groups=[8],
+    ),
     sample(
         aten.one_hot.default,
         lambda net, x: net.linear(net.linear(aten.one_hot.default(x, 5).to(torch.float32), 8).tanh(), 3),

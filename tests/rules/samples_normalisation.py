@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -48,9 +49,40 @@ def _standardised(net: Net, x: Tensor) -> Tensor:
 
 
 BATCH, INSTANCE, GROUP = aten.batch_norm.default, aten.instance_norm.default, aten.group_norm.default
+NATIVE, QUANTISED = aten.native_layer_norm.default, aten.fake_quantize_per_channel_affine.default
 LAYER, RMS, WEIGHT = aten.layer_norm.default, aten.rms_norm.default, aten._weight_norm.default
 
 SAMPLES = [
+    sample(
+        NATIVE,
+        lambda net, x: net.linear(
+            (n := NATIVE(net.linear(x, 8), [8], net.parameter(8), net.parameter(8), 1e-3))[0] * n[2] + n[1], 3
+        ),
+        *(4, 5),
+        groups=[8],
+    ),
+    sample(
+        QUANTISED,
+        lambda net, x: net.linear(
+            QUANTISED(net.linear(x, 8), net.parameter(8).abs() + 0.1, net.parameter(8).to(torch.int32), 1, -9, 9), 3
+        ),
+        groups=[8],
+    ),
+    sample(
+        aten.fake_quantize_per_tensor_affine.default,
+        lambda net, x: net.linear(aten.fake_quantize_per_tensor_affine.default(net.linear(x, 8), 0.1, 0, -9, 9), 3),
+        groups=[8],
+    ),
+    sample(
+        aten.fake_quantize_per_tensor_affine.tensor_qparams,
+        lambda net, x: net.linear(
+            aten.fake_quantize_per_tensor_affine.tensor_qparams(
+                net.linear(x, 8), torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32), -9, 9
+            ),
+            3,
+        ),
+        groups=[8],
+    ),
     _image(BATCH, lambda: nn.BatchNorm2d(8), [8]),
     _image(BATCH, lambda: nn.BatchNorm3d(8), [8], rank=3, note="rank 3"),
     _image(BATCH, lambda: nn.BatchNorm1d(8), [8], rank=1, note="rank 1"),

@@ -31,6 +31,22 @@ DOMAINS = {
     ("masked_fill", "mask"): "bool",
     ("where", "condition"): "bool",
     "bernoulli": "certain",
+    **dict.fromkeys(("arccos", "arcsin", "arctanh"), "unit"),
+    "special_ndtri": "probability",
+    "arccosh": "above one",
+    **dict.fromkeys(
+        ("float_power", "igamma", "igammac", "polygamma", "special_entr", "special_gammaln", "special_xlog1py"),
+        "positive",
+    ),
+    **dict.fromkeys(("poisson", "mvlgamma", "special_zeta"), "above one"),
+    **dict.fromkeys(("gcd", "lcm"), "int"),
+    **dict.fromkeys(
+        (
+            *("_conj", "conj", "conj_physical", "_conj_physical", "_neg_view", "resolve_conj", "resolve_neg"),
+            *("imag", "isreal"),
+        ),
+        "complex",
+    ),
 }
 #: Values of arguments that are no tensors and have no default, or whose default would show nothing.
 VALUES: dict[Any, Any] = {
@@ -48,10 +64,23 @@ VALUES: dict[Any, Any] = {
     "train": False,
     ("bernoulli", "p"): 1.0,
     ("clamp", "min"): -0.3,
+    "from": -1.0,
+    "high": 5,
+    "lambd": 1.0,
+    "mean": 0.0,
+    "median": 0.0,
+    "sigma": 1.0,
+    "std": 1.0,
+    ("mvlgamma", "p"): 2,
+    ("polygamma", "n"): 2,
+    ("special_zeta", "self"): 2.0,
 }
 INTEGER = {"int", "shift"}
 #: Their values are random or undefined: they may show up with no weight only.
-ARBITRARY = {"empty_like", "rand_like", "randn_like"}
+ARBITRARY = {
+    *("empty_like", "rand_like", "randn_like", "randint_like", "exponential", "geometric", "uniform"),
+    *("normal_functional", "cauchy", "log_normal", "random", "poisson"),
+}
 #: Their second operand lends its dtype only.
 LENDING = {aten.type_as.default, aten.to.other}
 
@@ -69,6 +98,8 @@ def _in_domain(h: Tensor, domain: str | None) -> Tensor:
         return (h > 0).to(torch.float32)
     if domain == "bool":
         return h > 0
+    if domain == "complex":
+        return torch.complex(h, h.cos())
     if domain in INTEGER:
         return (h.abs() * 3 if domain == "shift" else h * 9).to(torch.int32)
     return h
@@ -111,10 +142,10 @@ def _sample(target: Any, broadcast: bool = False) -> Sample:
         if isinstance(y, tuple):
             y = y[0] * y[1]
         if name in ARBITRARY:
-            y = y.fill_(0.5) if name == "empty_like" else y * 0
+            y = y.fill_(0.5) if name == "empty_like" else (y * 0).nan_to_num(0.0)
         if name.endswith("_like"):
             y = y + args[0]
-        y = y if y.is_floating_point() else y.to(torch.float32)
+        y = y.real + y.imag if y.is_complex() else y.to(torch.float32)
         return net.linear(y * net.linear(x, 8).cos(), 3)  # `y` alone may be the same whatever x is
 
     groups = [8, 8] if target in LENDING else [8]

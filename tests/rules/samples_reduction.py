@@ -136,13 +136,69 @@ REDUCTIONS = [
     _channels(aten.var_mean.correction, lambda h: aten.var_mean.correction(h, [-1], correction=0, keepdim=True)),
     _channels(aten.var_mean.correction, lambda h: aten.var_mean.correction(h, [-1, 1], keepdim=True), note="default"),
     _rows(aten.var_mean.correction, lambda h: aten.var_mean.correction(h, [1])),
+    *[_channels(t, lambda h, t=t: t(h, [-1], True, True)) for t in (aten.var_mean.dim, aten.std_mean.dim)],
+    *[_rows(t, lambda h, t=t: t(h, [1], False)) for t in (aten.var_mean.dim, aten.std_mean.dim)],
+    _channels(aten.std_mean.correction, lambda h: aten.std_mean.correction(h, [-1], correction=0, keepdim=True)),
+    _rows(aten.std_mean.correction, lambda h: aten.std_mean.correction(h, [1])),
+    *[
+        _channels(t, lambda h, t=t: t(h), note="all")
+        for t in (aten.var.default, aten.std.default, aten.var_mean.default, aten.std_mean.default)
+    ],
+    *_both(aten.nanmean.default),
+    _all(aten.nanmean.default),
+    _channels(aten.aminmax.default, lambda h: aten.aminmax.default(h, dim=-1, keepdim=True)),
+    _channels(aten.aminmax.default, lambda h: aten.aminmax.default(h), note="all"),
+    _rows(aten.aminmax.default, lambda h: aten.aminmax.default(h, dim=1)),
+    *_both(aten.frobenius_norm.dim),
+    _channels(
+        aten.norm.ScalarOpt_dim_dtype,
+        lambda h: aten.norm.ScalarOpt_dim_dtype(h, 3, [-1], True, dtype=torch.float32),
+    ),
+    _channels(aten.norm.ScalarOpt_dtype, lambda h: aten.norm.ScalarOpt_dtype(h, 1, dtype=torch.float32), note="all"),
+    _channels(aten.linalg_norm.default, lambda h: aten.linalg_norm.default(h), note="all"),
+    _channels(aten.linalg_norm.default, lambda h: aten.linalg_norm.default(h, 3, [-1], True), note="vector"),
+    _channels(aten.linalg_norm.default, lambda h: aten.linalg_norm.default(h, -1, [-1], True), [], note="smallest"),
+    _channels(aten.linalg_norm.ord_str, lambda h: aten.linalg_norm.ord_str(h, "nuc", [-2, -1], True)),
+    *[
+        _channels(
+            aten.linalg_matrix_norm.default,
+            lambda h, n=n: aten.linalg_matrix_norm.default(h, n, [-2, -1], True),
+            [] if n < 0 else [8],
+            note=str(n),
+        )
+        for n in (1, 2, float("inf"), -1)
+    ],
+    _channels(aten.linalg_matrix_norm.str_ord, lambda h: aten.linalg_matrix_norm.str_ord(h, "fro", [-2, -1], True)),
+    _rows(aten.renorm.default, lambda h: aten.renorm.default(h, 2, 1, 0.4).sum(1)),
+    sample(
+        aten.renorm.default,
+        lambda net, x: net.linear(aten.renorm.default(net.linear(x, 8), 2, 1, 0.4), 3),
+        groups=[8],
+        note="channels",
+    ),
+    *[
+        sample(
+            t,
+            lambda net, x, t=t: net.linear(t(net.linear(x, 8), net.linear(x, 8).sin(), dim=1), 3),
+            *(3, 5),
+            groups=[8],
+        )
+        for t in (aten.cross.default, aten.linalg_cross.default)
+    ],
+    sample(
+        aten.cross.default,
+        lambda net, x: net.linear(aten.cross.default(net.linear(x, 8), net.linear(x, 8).sin()), 3),
+        *(3, 5),
+        groups=[8],
+        note="first of three",
+    ),
     sample(aten.mean.dim, _gated, 2, 4, 4, groups=[8, 4], note="squeeze and excite"),
     sample(aten.mean.dim, _written_out, 4, 5, groups=[8], note="written out"),
 ]
 
 
 def _softmax(target: Any) -> list[Sample]:
-    tail = (False,) if target._schema.name.startswith("aten::_") else ()
+    tail = (False,) if target._schema.name in ("aten::_softmax", "aten::_log_softmax") else ()
     return [
         sample(
             target,
@@ -248,6 +304,9 @@ SAMPLES = [
     sample(aten.softmax.int, _registers, 4, 5, groups=[6, 8], note="registers"),
     *_softmax(aten.softmax.int),
     *_softmax(aten._softmax.default),
+    *_softmax(aten._safe_softmax.default),
+    *_softmax(aten.special_softmax.default),
+    *_softmax(aten.special_log_softmax.default),
     *_softmax(aten.log_softmax.int),
     *_softmax(aten._log_softmax.default),
     *SCANS,

@@ -52,7 +52,14 @@ SAMPLES = [
     *_resized("upsample_bilinear2d", 2, False),
     *_resized("upsample_bicubic2d", 2, True),
     *_resized("upsample_trilinear3d", 3, False),
+    *_resized("_upsample_nearest_exact1d", 1),
     *_resized("_upsample_nearest_exact2d", 2),
+    *_resized("_upsample_nearest_exact3d", 3),
+    *[
+        _image(getattr(aten, f"{kind}_pad{rank}d").default, rank, [1, 2] * rank)
+        for kind in ("reflection", "replication")
+        for rank in (1, 2, 3)
+    ],
     *_resized("_upsample_bilinear2d_aa", 2, False),
     *_resized("_upsample_bicubic2d_aa", 2, False),
 ]
