@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -142,19 +142,33 @@ def _refuse(path: str, module: nn.Module) -> None:
         raise InputError(
             f"{_at(path)} is a quantised {kind.__name__}; prune the floating-point model, then quantise the result"
         )
+    prepared = (_known("torch.ao.quantization", "FakeQuantizeBase"), _known("torch.ao.quantization", "ObserverBase"))
+    if any(isinstance(module, p) for p in prepared):
+        raise InputError(
+            f"{_at(path)} is a {kind.__name__}, which prepares for quantisation with the dense model's ranges; prune "
+            "the floating-point model, then prepare the result"
+        )
     for name, tensor in _tensors(module):
         _refuse_tensor(f"{path}.{name}".lstrip("."), tensor)
 
 
-def refuse_inputs(tensors: Mapping[str, Tensor]) -> list[str]:
+def refuse_inputs(inputs: Mapping[str, Any]) -> list[str]:
     """Return what the user should know about inputs that are not plain tensors.
 
     Raises:
-        InputError: operators mean something else on an input than on a plain tensor of its shape.
+        InputError: operators mean something else on an input than on a plain tensor of its shape, or it hides tensors.
     """
-    notes = []
-    for name, tensor in tensors.items():
+    notes, written = [], []
+    for name, tensor in inputs.items():
         kind = type(tensor)
+        if not isinstance(tensor, Tensor):
+            if kind not in _PLAIN and any(isinstance(v, Tensor) for v in _within(tensor)):
+                raise InputError(
+                    f"the example input '{name}' is a {kind.__name__} that holds tensors, which would become "
+                    f"constants; let torch.utils._pytree.register_dataclass({kind.__name__}) say what is in it, or pass a dict"
+                )
+            written.append(f"{name}={tensor!r}" if kind in _PLAIN else f"{name}: a {kind.__name__}")
+            continue
         if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided or _dispatches(kind):
             what = f"is a {kind.__name__}" if _dispatches(kind) else f"has the layout {tensor.layout}"
             if tensor.is_nested or tensor.is_quantized:
@@ -164,7 +178,26 @@ def refuse_inputs(tensors: Mapping[str, Tensor]) -> list[str]:
             )
         if "__torch_function__" in _overridden(kind):
             notes.append(f"the input '{name}' is a {kind.__name__}; it is recorded as a plain tensor")
+    if written:
+        notes.append(
+            f"inputs that are no tensors are written into the graph, which ignores others: {', '.join(written)}"
+        )
     return notes
+
+
+_PLAIN = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device}
+
+
+def _within(value: Any, depth: int = 4) -> Iterator[Any]:
+    """What an object holds, a few levels deep."""
+    held: list[Any] = list(value) if isinstance(value, list | tuple | set) else []
+    held += value.values() if isinstance(value, Mapping) else []
+    held += [getattr(value, f.name, None) for f in fields(value)] if is_dataclass(value) else []
+    held += vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, type) else []
+    for item in held:
+        yield item
+        if depth and not isinstance(item, Tensor) and type(item) not in _PLAIN:
+            yield from _within(item, depth - 1)
 
 
 def _dispatches(kind: type) -> bool:

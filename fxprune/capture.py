@@ -150,7 +150,7 @@ def capture(
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     names = _input_names(model, args, kwargs)
     tensors = {n: x for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor)}
-    notes = refuse_inputs(tensors)
+    notes = refuse_inputs(dict(zip(names, leaves, strict=True)))
     captured = _captured(_Session(model, names, leaves, in_spec), tensors, dynamic_shapes)
     captured.notes += notes
     return captured

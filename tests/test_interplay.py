@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -502,9 +503,10 @@ def test_an_operator_without_a_fake_says_what_is_missing() -> None:
 
 def test_the_readme_shows_a_rule_that_works() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    examples = [block for block in text.split("```python\n")[1:] if "register_rule" in block]
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    examples = [block for block in blocks if "register_rule" in block]
     assert len(examples) == 1
-    exec(examples[0].partition("```")[0], {})
+    exec(examples[0], {})
 
 
 class Clamp(torch.autograd.Function):
@@ -571,6 +573,39 @@ def test_nested_inputs_and_outputs(mode: str, tmp_path: Path) -> None:
     small.save(tmp_path / "small")
     loaded = fxprune.load(tmp_path / "small")
     torch.testing.assert_close(loaded(batch, scale=2.0, mode=mode), small.module(batch, scale=2.0, mode=mode))
+
+
+def test_inputs_that_are_no_tensors_are_noted() -> None:
+    """Another value of theirs would be ignored: the report says so."""
+    pruned = fxprune.compile(Structured(), ({"x": INPUT, "pair": (INPUT, 3)},), HALF, kwargs={"scale": 2.0})
+    note = "inputs that are no tensors are written into the graph, which ignores others: batch_pair_1=3, scale=2.0"
+    assert note in pruned.report.notes
+
+
+class Unpacks(nn.Module):
+    """An input that torch cannot look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(8, 4)
+
+    def forward(self, packed: Any) -> Tensor:
+        return self.down(packed.scores)
+
+
+def test_tensors_hidden_in_an_input_are_refused() -> None:
+    """They would become constants, and the pruned module would give the same result for every input."""
+    with pytest.raises(InputError, match="is a Unregistered that holds tensors, which would become constants"):
+        fxprune.compile(Unpacks(), (Unregistered(INPUT),), HALF)
+    with pytest.raises(InputError, match="is a SimpleNamespace that holds tensors"):
+        fxprune.compile(Unpacks(), (SimpleNamespace(scores=[INPUT]),), HALF)
+
+
+def test_models_prepared_for_quantisation_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+    with pytest.raises(InputError, match="prepares for quantisation with the dense model's ranges"):
+        fxprune.compile(torch.ao.quantization.prepare_qat(model), INPUT, HALF)
 
 
 @dataclass
