@@ -165,7 +165,8 @@ def refuse_inputs(inputs: Mapping[str, Any]) -> list[str]:
             if kind not in _PLAIN and any(isinstance(v, Tensor) for v in _within(tensor)):
                 raise InputError(
                     f"the example input '{name}' is a {kind.__name__} that holds tensors, which would become "
-                    f"constants; let torch.utils._pytree.register_dataclass({kind.__name__}) say what is in it, or pass a dict"
+                    f"constants; let torch.utils._pytree.register_dataclass({kind.__name__}) say what is in it, "
+                    "or pass a dict"
                 )
             written.append(f"{name}={tensor!r}" if kind in _PLAIN else f"{name}: a {kind.__name__}")
             continue
