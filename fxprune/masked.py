@@ -326,8 +326,14 @@ def _fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, axis: int, low: int, 
     return ((x / scale).round().add(zero).clamp(low, high) - zero) * scale
 
 
-#: Operators that torch has no kernel of in double precision -> the same as a function.
+def _reshaped(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x.reshape(list(size))
+
+
+#: Operators that torch has no kernel of in double precision, or whose operands its kernels lay out in another way there
+#: -> the same as a function.
 EXACT: dict[Any, Callable[..., Tensor]] = {
+    aten.view.default: _reshaped,
     aten._grouped_mm.default: by_expert,
     aten.fake_quantize_per_channel_affine.default: _fake_quantize,
 }

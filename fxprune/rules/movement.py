@@ -12,8 +12,13 @@ from fxprune.rules.core import Dims, Literals, Site, as_size, aten, output_shape
 
 
 # ---------------------------------------------------------------------- reshape
-@rule(aten.view.default, literals=output_shape("size"))
-@rule(aten._unsafe_view.default, literals=output_shape("size"))
+def _as_reshape(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """A kernel of other sizes may lay out its result in another way, of which there is no view."""
+    return {"": aten.reshape.default, "self": args["self"], "shape": output_shape("size")(rw, node, args)["size"]}
+
+
+@rule(aten.view.default, literals=_as_reshape)
+@rule(aten._unsafe_view.default, literals=_as_reshape)
 @rule(aten.reshape.default, literals=output_shape("shape"))
 @rule(aten.flatten.using_ints, aten.unsqueeze.default, aten.ravel.default)
 @rule(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default)

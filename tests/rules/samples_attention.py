@@ -36,6 +36,12 @@ def _grouped(net: Net, x: Tensor) -> Tensor:
     return net.linear(_merge(ATTENTION(q, k, v, enable_gqa=True)), 3)
 
 
+def _viewed(net: Net, x: Tensor) -> Tensor:
+    """Heads of another width for values than for keys are laid out otherwise."""
+    q, k, v = (_heads(net, x, 2, 8) for _ in range(3))
+    return net.linear(ATTENTION(q, k, v).permute(0, 2, 1, 3).view(x.shape[0], 6, 16), 3)
+
+
 def _masked(net: Net, x: Tensor) -> Tensor:
     """A bias for each head and each pair of positions."""
     return _separate(net, x, attn_mask=net.parameter(4, 6, 6))
@@ -70,4 +76,5 @@ SAMPLES = [
     sample(ATTENTION, lambda net, x: _layer(net, x, False), 6, 5, groups=[8, 4, 2, 8], note="layer"),
     sample([], lambda net, x: _layer(net, x, True), 6, 5, groups=[8, 4, 2, 8], note="layer with weights"),
     sample(ATTENTION, _one_head, 6, 5, groups=[4, 7], note="one head"),
+    sample(aten.view.default, _viewed, 6, 5, groups=[2, 8, 8], note="of what fused attention lays out its way"),
 ]
