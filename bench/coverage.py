@@ -41,6 +41,8 @@ RATIO = 0.3
 LARGE = 5e6
 #: Where the share that is left is at most this far below the target, the target is met closely.
 NEAR = 0.02
+#: How processes start: from one that has the libraries imported.
+START = "forkserver"
 RESULT = Path(__file__).parent / "results" / "coverage.json"
 
 
@@ -137,7 +139,7 @@ def _child(tool: str, shelf: str, name: str, proof: str, threads: int, answers: 
 
 def measure(tool: str, shelf: str, name: str, proof: str, limit: float, threads: int) -> dict[str, Any]:
     """Run one tool on one model in a process of its own and return its row; a timeout or a death is an error."""
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(START)
     context.set_forkserver_preload(["bench.zoo.preload", "bench.coverage"])
     answers = context.Queue()
     process = context.Process(target=_child, args=(tool, shelf, name, proof, threads, answers))
@@ -237,6 +239,10 @@ def main(
     resume: Annotated[bool, typer.Option(help="Keep what the JSON file has.")] = False,
 ) -> None:
     """Prune and prove every model of the zoo, and print what became of it."""
+    for unknown in set(shelf or ()) - set(zoo.SHELVES):
+        raise typer.BadParameter(f"there is no shelf '{unknown}'; the shelves: {', '.join(zoo.SHELVES)}")
+    if proof not in ("full", "quick"):
+        raise typer.BadParameter(f"a proof is full or quick, not '{proof}'")
     wanted = zoo.names(models or (), shelf or zoo.SHELVES)
     if not wanted:
         raise typer.BadParameter(f"no model of {', '.join(shelf or zoo.SHELVES)} matches {models}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.shims import shim_torchvision
 
-SHELVES = ("timm", "transformers", "torchvision", "handmade")
+SHELVES = ("timm", "transformers", "further", "torchvision", "handmade")
 
 
 def names(patterns: Iterable[str] = (), shelves: Iterable[str] = SHELVES) -> list[tuple[str, str]]:
@@ -34,4 +34,4 @@ def build(shelf: str, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     shim_torchvision()
     torch.manual_seed(0)
     model, inputs = importlib.import_module(f"bench.zoo.{shelf}").build(name)
-    return model, inputs
+    return model.eval(), inputs
