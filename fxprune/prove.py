@@ -85,14 +85,19 @@ def prove(
         capture_error, first = _capture_error(analysis, model)
     for candidates, randomise in _cases(analysis.captured, first, level, seed):
         weights = dense_weights(analysis.captured, randomise and not lossless, seed)
+        error = math.nan
         for inputs in candidates:
             try:
                 with torch.no_grad():
                     error = _lockstep(analysis, kept, masks, pruned, weights, inputs, dtype)
+            except (RuntimeError, IndexError) as failure:  # not every graph takes every batch, nor every number
+                if inputs is candidates[-1] and math.isnan(error):
+                    raise ProofError(
+                        f"the dense model does not run on its example inputs in {dtype}, so that nothing can be "
+                        f"compared: {failure}"
+                    ) from failure
+            if not math.isnan(error):
                 break
-            except (RuntimeError, IndexError):
-                if inputs is candidates[-1]:
-                    raise
         if math.isnan(error):
             raise ProofError(
                 "an output of the dense model holds not one finite number on inputs like the example's, so that "
@@ -146,11 +151,16 @@ def _cases(captured: Captured, first: list[Any], level: Level, seed: int) -> lis
     """
     if level == "quick":
         row = random_inputs(captured, seed, batch=1)
-        return [([*_shrunk(row), row], False)]
-    if any(isinstance(x, Tensor) and x.is_meta for x in first):
+        return [([*_shrunk(row), row, *_valued(first)], False)]
+    if not _valued(first):
         first = random_inputs(captured, seed + 1)
     rows = random_inputs(captured, seed, batch=2)
-    return [([first], False), ([*_shrunk(rows), rows], True)]
+    return [([first], False), ([*_shrunk(rows), rows, first], True)]
+
+
+def _valued(inputs: list[Any]) -> list[list[Any]]:
+    """The inputs, where they have values: they may be all that the model takes, if it counts on a batch or shares."""
+    return [] if any(isinstance(x, Tensor) and x.is_meta for x in inputs) else [inputs]
 
 
 def _first_row(captured: Captured, inputs: list[Any]) -> list[list[Any]]:
@@ -401,7 +411,11 @@ def _on_rows(interpreter: fx.Interpreter, node: fx.Node, run: Callable[[fx.Node]
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value = interpreter.env[source]
-    merged = value if node.target is ATTENTION else value.reshape(*[1] * (value.dim() - 2), -1, value.shape[-1])
+    merged = (
+        value
+        if node.target is ATTENTION
+        else value.reshape(*[1] * (value.dim() - 2), math.prod(value.shape[:-1]), value.shape[-1])
+    )
     count = merged.shape[-2]
     if count <= 2 * ROWS:
         return run(node)
