@@ -106,6 +106,8 @@ def _numbers(value: Any) -> Iterator[int]:
 
 def _same_operator(named: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments in terms of the operator that the class calls, where it can still give the same pieces."""
+    if "shape" in changed and "size" in named:  # a view, emitted as a reshape
+        return {"size": changed["shape"]}
     pieces = changed.get("split_sizes")
     if pieces is None:
         return None
