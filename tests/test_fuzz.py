@@ -238,7 +238,80 @@ def stacked(net: Grown, x: Tensor) -> Tensor:
     return both.sum(net.choose([0])) if both.shape[0] == 2 and both.shape[1:] == x.shape else x + both.mean()
 
 
+def ordered(net: Grown, x: Tensor) -> Tensor:
+    """Compared with what ranks its channels, or the values of each."""
+    dim, other = _channels(x), x.dim() - 1 if x.dim() == 4 else max(x.dim() - 2, 1)
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda y: y - y.median(dim, keepdim=True)[0],
+        lambda y: y - y.kthvalue(2, dim, keepdim=True)[0],
+        lambda y: y - y.quantile(0.4, dim, keepdim=True),
+        lambda y: y.cummax(other)[0],
+        lambda y: y.msort(),
+        lambda y: y * torch.bucketize(y, torch.tensor([-0.5, 0.5])),
+    ]
+    # Sums that differ in the last bit may rank otherwise: constants far apart keep the order.
+    spread = torch.arange(x.shape[dim]).float().view(-1, *[1] * (x.dim() - 1 - dim)) * 50
+    kind = net.choose(range(len(kinds)))
+    return kinds[kind](x + spread) if kind < 3 else kinds[kind](x)
+
+
+def spectral(net: Grown, x: Tensor) -> Tensor:
+    """Filtered in the frequencies of the last dimension, or of rows and columns."""
+    if x.dim() == 4 and net.choose([True, False]):
+        return torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[-2:]) + x
+    dim = net.choose(range(1, x.dim()))
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda y: torch.fft.irfft(torch.fft.rfft(y, dim=dim) * 0.5, n=y.shape[dim], dim=dim),
+        lambda y: torch.fft.fft(y, dim=dim).real,
+        lambda y: torch.view_as_real(torch.fft.rfft(y, dim=dim)).sum(-1).sum(dim, keepdim=True).tanh() + y,
+    ]
+    return net.choose(kinds)(x)
+
+
+def side_by_side(net: Grown, x: Tensor) -> Tensor:
+    """Joined or cut along the dimension that the operator's name says."""
+    y = projected(net, x, x.shape[_channels(x)])
+    if x.dim() == 4:
+        return _limited(net, net.choose([torch.hstack, torch.column_stack])([x, y]))  # type: ignore[operator]
+    if x.dim() == 3:
+        kinds: list[Callable[[], Tensor]] = [
+            lambda: _limited(net, torch.dstack([x, y])),
+            lambda: torch.hstack([x[:, :1], y]),
+            lambda: torch.fliplr(x) + y,
+            lambda: x * torch.diagonal(net.parameter(x.shape[-1], x.shape[-1])),
+            lambda: x @ torch.diag_embed(net.parameter(x.shape[-1])),
+        ]
+        return net.choose(kinds)()
+    pair: list[Callable[[], Tensor]] = [
+        lambda: torch.hstack([y, x]),
+        lambda: torch.vstack([x, y])[: x.shape[0]],
+        lambda: F.linear(x, torch.block_diag(net.parameter(2, x.shape[1] // 2), net.parameter(3, -(-x.shape[1] // 2)))),
+        lambda: x * torch.diag(net.parameter(x.shape[1], x.shape[1])),
+        lambda: torch.stack(torch.broadcast_tensors(x, y[:, :1]), 1).sum(1),
+    ]
+    return net.choose(pair)()
+
+
 # ---------------------------------------------------------------------- images
+def sampled(net: Grown, x: Tensor) -> Tensor:
+    """Read at places that a layer computes from the picture, or turned by a constant map."""
+    n = x.shape[0]
+    if net.choose([True, False]):
+        places = F.affine_grid(
+            torch.tensor([[[0.9, 0.1, 0.05], [-0.1, 0.8, 0.1]]]).expand(n, -1, -1), [n, 1, 3, 3], False
+        )
+    else:
+        places = net.conv(x, 2).permute(0, 2, 3, 1).tanh()
+    return F.grid_sample(x, places, net.choose(["bilinear", "bicubic"]), net.choose(["zeros", "border"]), False)
+
+
+def unpooled(net: Grown, x: Tensor) -> Tensor:
+    """Largest values, and back to where they were."""
+    x = _even(x)
+    y, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(activated(net, y), places, 2) + x
+
+
 def conv(net: Grown, x: Tensor) -> Tensor:
     out = net.choose(WIDTHS)
     kernel, stride = net.choose([1, 3]), net.choose([1, 2] if x.shape[-1] >= 4 else [1])
@@ -556,7 +629,39 @@ def to_image(net: Grown, x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
 
 
+def further_products(net: Grown, x: Tensor) -> Tensor:
+    """Products that are no linear layer by name."""
+    width, out = x.shape[-1], net.choose(WIDTHS)
+    kinds: list[Callable[[], Tensor]] = [
+        lambda: torch.tensordot(x, net.parameter(width, out), 1),
+        lambda: torch.inner(x, net.parameter(out, width)),
+        lambda: (
+            torch.linalg.multi_dot([net.parameter(3, width), x[0].T, x[0], net.parameter(width, out)])[None]
+            + 0 * x[..., :1].sum(1, True)
+        ),
+        lambda: torch.cdist(x, net.parameter(1, out, width).expand(x.shape[0], -1, -1)),
+        lambda: F.conv1d(x.transpose(1, 2), net.parameter(out, width, 1)).transpose(1, 2),
+        lambda: x * F.cosine_similarity(x, net.parameter(width), -1, 0.1).unsqueeze(-1),
+        lambda: net.layer(lambda: nn.Bilinear(width, width, out))(x, activated(net, x)),
+        lambda: x * torch.linalg.vecdot(x, net.parameter(width)).unsqueeze(-1).tanh(),
+    ]
+    return net.choose(kinds)()
+
+
 # ---------------------------------------------------------------------- vectors
+def loss_scaled(net: Grown, x: Tensor) -> Tensor:
+    """Scaled by how far the rows are from a target, in one of the losses, row by row or over all."""
+    target = net.parameter(1, x.shape[1]).expand_as(x)
+    kinds: list[Callable[[], Tensor]] = [
+        lambda: F.mse_loss(x, target, reduction="none"),
+        lambda: F.smooth_l1_loss(x, target),
+        lambda: F.binary_cross_entropy_with_logits(x, target.sigmoid(), reduction="none"),
+        lambda: F.cross_entropy(x, torch.zeros(x.shape[0], dtype=torch.long), reduction="none").unsqueeze(1),
+        lambda: F.kl_div(x.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True),
+    ]
+    return x * net.choose(kinds)().tanh()
+
+
 def vector_norm(net: Grown, x: Tensor) -> Tensor:
     width = x.shape[1]
     groups = net.choose(divisors(width))
@@ -604,14 +709,14 @@ def weight_normed(net: Grown, x: Tensor) -> Tensor:
 
 ANY: list[Step] = [
     *(projection, activation, residual, glu, gated, joined, split, sliced, padded, written, reduced, position_table),
-    *(shuffled, tied, heads_scaled, stacked),
+    *(shuffled, tied, heads_scaled, stacked, ordered, spectral, side_by_side),
 ]
 IMAGE: list[Step] = [
     *(conv, depthwise, conv_transpose, image_norm, squeeze_excite, pixel_shuffled, patches_merged, pooled, resized),
-    *(space_to_depth, windows, rolled, to_tokens, to_vector, conv, image_norm),
+    *(sampled, unpooled, space_to_depth, windows, rolled, to_tokens, to_vector, conv, image_norm),
 ]
 TOKENS: list[Step] = [
-    *(channel_attention, queried, multihead, recurrent, recurrent),
+    *(channel_attention, queried, multihead, recurrent, recurrent, further_products, further_products),
     *(
         token_norm,
         attention,
@@ -627,7 +732,17 @@ TOKENS: list[Step] = [
         einsum,
     ),
 ]
-VECTOR: list[Step] = [vector_norm, outer, to_image, to_tokens, experts, experts, weight_normed]
+VECTOR: list[Step] = [
+    vector_norm,
+    outer,
+    to_image,
+    to_tokens,
+    experts,
+    experts,
+    weight_normed,
+    loss_scaled,
+    loss_scaled,
+]
 STEPS = {step.__name__ for step in [*ANY, *IMAGE, *TOKENS, *VECTOR]}
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.zoo import handmade_more
+
 
 class DiffusionUNet(nn.Module):
     """Convolutions with a time embedding, skips by concatenation, cross-attention to a context in the middle."""
@@ -200,6 +202,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
     "translator": (Translator, lambda: (torch.randint(0, 100, (2, 7)), torch.randint(0, 100, (2, 5)))),
     "points": (Points, lambda: (torch.randn(2, 3, 20),)),
 }
+MODELS |= handmade_more.MODELS
 NAMES = tuple(MODELS)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxprune.axes import ONE, Dim, Fixed, product, size_of
-from fxprune.rules.core import Dims, Literals, Site, aten, rule
+from fxprune.rules.core import Dims, Literals, Site, as_size, aten, rule
 
 
 @rule(aten.linear.default)
@@ -79,7 +79,7 @@ def einsum(site: Site, equation: str, operands: Sequence[Dims], **_: Any) -> Dim
 def _groups(rw: Literals, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
     """A grouped convolution whose groups were cut has fewer of them."""
     rank = len(rw.dims(args["weight"])) - 2
-    groups, _ = rw.split(rw.dims(args["input"])[-rank - 1], args["groups"])
+    groups, _ = rw.split(rw.dims(args["input"])[-rank - 1], as_size(args["groups"]))
     return {"groups": rw.size(groups)}
 
 
@@ -90,8 +90,8 @@ def convolution(
 ) -> Dims:
     """x (N, groups * in, ...), weight (groups * out, in, ...), bias (groups * out) -> (N, groups * out, ...)."""
     rank = len(weight) - 2
-    out = site.axes.split(weight[0], groups, site.node)
-    into = site.axes.split(x[-rank - 1], groups, site.node)
+    out = site.axes.split(weight[0], as_size(groups), site.node)
+    into = site.axes.split(x[-rank - 1], as_size(groups), site.node)
     site.unify(into[1], weight[1])
     site.unify(into[0], out[0])
     channels = site.axes.resolve(product(out))
@@ -108,7 +108,7 @@ def convolution_transpose(
 ) -> Dims:
     """x (N, groups * in, ...), weight (groups * in, out, ...), bias (groups * out) -> (N, groups * out, ...)."""
     rank = len(weight) - 2
-    into = site.axes.split(x[-rank - 1], groups, site.node)
+    into = site.axes.split(x[-rank - 1], as_size(groups), site.node)
     site.unify(product(into), weight[0])
     channels = site.axes.resolve(product([into[0], weight[1]]))
     if bias is not None:
