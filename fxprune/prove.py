@@ -372,6 +372,14 @@ class Reference(_Double):
         mask = self.mask(node, result) if isinstance(result, Tensor) else None
         if mask is None:
             return result
+        storage = result.untyped_storage().data_ptr()
+        operands = [(n, self.env[n]) for n in node.all_input_nodes]
+        if all(isinstance(value, Tensor) for _, value in operands):  # a list's entries are views, not masked yet
+            shared = [n for n, value in operands if value.untyped_storage().data_ptr() == storage]
+            if any(n.op == "call_function" for n in shared):
+                return result  # a view of what is masked
+            if not shared and 0 not in result.stride():
+                return result.masked_fill_(~mask, 0)
         return torch.where(mask, result, torch.zeros((), dtype=result.dtype, device=result.device))
 
 

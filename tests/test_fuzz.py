@@ -247,7 +247,7 @@ def ordered(net: Grown, x: Tensor) -> Tensor:
         lambda y: y - y.quantile(0.4, dim, keepdim=True),
         lambda y: y.cummax(other)[0],
         lambda y: y.msort(),
-        lambda y: y * torch.bucketize(y, torch.tensor([-0.5, 0.5])),
+        lambda y: y * torch.bucketize(y.contiguous(), torch.tensor([-0.5, 0.5])),
     ]
     # Sums that differ in the last bit may rank otherwise: constants far apart keep the order.
     spread = torch.arange(x.shape[dim]).float().view(-1, *[1] * (x.dim() - 1 - dim)) * 50
