@@ -6,11 +6,12 @@ reduction (`fxprune.masked`); both run in float64 and must agree to 1e-9 of the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,17 +21,20 @@ from torch.func import functional_call
 from fxprune.analyse import Analysis
 from fxprune.axes import Concat, Dim, Fixed, Product, concat, product
 from fxprune.capture import Captured, ModelState, Varying, eval_with
+from fxprune.costs import Costs
 from fxprune.errors import ProofError
+from fxprune.few_rows import FewRows, on_rows, sampled_operand
 from fxprune.groups import describe
 from fxprune.kept import Kept
 from fxprune.masked import EXACT, MASKED, PREPARED, zeroed
+from fxprune.proof_inputs import Level, cases, first_row
 from fxprune.rewrite import Rewritten
-from fxprune.rules.core import bind
 
 #: Allowed error relative to the largest magnitude of the reference, by precision.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 
-Level = Literal["full", "quick"]
+#: Models of more multiply-accumulates have one run instead of two.
+HEAVY = 2e11
 _LOW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,6 +46,8 @@ class Proof:
         level: "full": float64, the model's own weights and randomised ones, example and random inputs;
             "quick": the model's own weights on a random input of batch 1 (a small image where the graph takes one), in
             float32. Linear layers and attention, which treat every row alike, run on a few rows at either level.
+            Models of more than 200 billion multiply-accumulates have one full run, on the first row of the example with
+            randomised vectors; their own vectors are compared as they are.
         error: largest difference, relative to the largest magnitude of the reference.
         tolerance: what would have been too much.
         runs: how many pairs of forward passes were compared.
@@ -81,9 +87,14 @@ def prove(
     tolerance, worst, runs = TOLERANCE[dtype], 0.0, 0
     masks = Kept({}) if lossless else kept
     capture_error, first = None, analysis.captured.inputs
+    heavy = level == "full" and not lossless and Costs(analysis).macs({}) > HEAVY
     if level == "full" and model is not None:
-        capture_error, first = _capture_error(analysis, model)
-    for candidates, randomise in _cases(analysis.captured, first, level, seed):
+        capture_error, first = _capture_error(analysis, model, heavy)
+    runs_to_do = cases(analysis.captured, first, level, seed)
+    if heavy:
+        _check_vectors(analysis, kept, pruned)
+        runs_to_do = [(runs_to_do[0][0], True)]
+    for candidates, randomise in runs_to_do:
         weights = dense_weights(analysis.captured, randomise and not lossless, seed)
         error = math.nan
         for inputs in candidates:
@@ -114,25 +125,41 @@ def prove(
     return Proof(level, worst, tolerance, runs, capture_error, lossless)
 
 
-def _capture_error(analysis: Analysis, model: nn.Module) -> tuple[float | None, list[Any]]:
+def _check_vectors(analysis: Analysis, kept: Kept, pruned: Rewritten) -> None:
+    """The vectors of the pruned module, of which a randomised run shows nothing, are the kept part of the model's."""
+    state = {**dict(pruned.module.named_parameters()), **dict(pruned.module.named_buffers())}
+    for name, dense in pruned.names.items():
+        own, whole = state.get(name), analysis.captured.tensors[dense]
+        if own is None or own.is_meta or own.dim() > 1 or dense in pruned.biases or dense in pruned.factors:
+            continue
+        if not torch.equal(own, kept.select(whole.detach(), analysis.tensors[dense])):
+            raise ProofError(f"'{name}' of the pruned module is not what is kept of '{dense}': a defect of fxprune.")
+
+
+def _capture_error(analysis: Analysis, model: nn.Module, heavy: bool) -> tuple[float | None, list[Any]]:
     """The captured graph against the model's own forward, both in eval mode, in the model's own precision.
 
-    With it come the inputs that were used: the example's first row, if the model takes it, says as much as all of it.
+    Heavy models are compared with linear layers and attention on a few rows; if that shows a difference, on all. With
+    it come the inputs that were used: the example's first row, if the model takes it, says as much as all of it.
     """
     captured = analysis.captured
     if any(t.is_meta for t in [*captured.tensors.values(), *captured.inputs] if isinstance(t, Tensor)):
         return None, captured.inputs
     with torch.no_grad(), eval_with(ModelState(model), {}):
-        for inputs in [*_first_row(captured, captured.inputs), captured.inputs]:
+        for inputs in [*first_row(captured, captured.inputs), captured.inputs]:
             args, kwargs = pytree.tree_unflatten(inputs, captured.in_spec)
             try:
-                expected = pytree.tree_leaves(model(*args, **kwargs))
+                with FewRows(captured) if heavy else contextlib.nullcontext():
+                    expected = pytree.tree_leaves(model(*args, **kwargs))
                 break
             except Exception:  # not every model takes a batch of one
                 if inputs is captured.inputs:
                     raise
-        actual = Reference(analysis, Kept({}), dense_weights(captured), None).run(inputs)
+        sampled = {n for n in captured.graph.nodes if heavy and sampled_operand(analysis, Kept({}), n) is not None}
+        actual = _SampledReference(analysis, Kept({}), dense_weights(captured), None, nodes=sampled).run(inputs)
     error = difference([e if isinstance(a, Tensor) else None for e, a in zip(expected, actual, strict=True)], actual)
+    if heavy and not error <= 1e-3:
+        return _capture_error(analysis, model, False)
     half = any(isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in expected)
     if not error <= (5e-2 if half else 1e-3):
         raise ProofError(
@@ -141,77 +168,6 @@ def _capture_error(analysis: Analysis, model: nn.Module) -> tuple[float | None, 
             "weights. Make it deterministic in eval mode."
         )
     return error, inputs
-
-
-def _cases(captured: Captured, first: list[Any], level: Level, seed: int) -> list[tuple[list[list[Any]], bool]]:
-    """(inputs, whether to randomise the weights) of each comparison; the first inputs that the graph takes are used.
-
-    Random rows on small images show as much as on large ones, where the graph takes them: it does not where a size is
-    written into it.
-    """
-    if level == "quick":
-        row = random_inputs(captured, seed, batch=1)
-        return [([*_shrunk(row), row, *_valued(first)], False)]
-    if not _valued(first):
-        first = random_inputs(captured, seed + 1)
-    rows = random_inputs(captured, seed, batch=2)
-    return [([first], False), ([*_shrunk(rows), rows, first], True)]
-
-
-def _valued(inputs: list[Any]) -> list[list[Any]]:
-    """The inputs, where they have values: they may be all that the model takes, if it counts on a batch or shares."""
-    return [] if any(isinstance(x, Tensor) and x.is_meta for x in inputs) else [inputs]
-
-
-def _first_row(captured: Captured, inputs: list[Any]) -> list[list[Any]]:
-    """The inputs at a batch of 1, where the batch is dynamic and larger."""
-    batched = {place for s in captured.symbols if s.name == "batch" for place in s.places}
-    names = [n.target for n in captured.graph.nodes if n.op == "placeholder"]
-    rows = [x[:1] if (name, 0) in batched else x for name, x in zip(names, inputs, strict=True)]
-    return [rows] if any(a is not b and len(b) > 1 for a, b in zip(rows, inputs, strict=True)) else []
-
-
-def _shrunk(inputs: list[Any]) -> list[list[Any]]:
-    """The inputs with images of 64 pixels, where there are larger ones."""
-
-    def shrunk(value: Any) -> Any:
-        images = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-        return value[..., :64, :64] if images and min(value.shape[-2:]) > 64 else value
-
-    small = [shrunk(x) for x in inputs]
-    return [small] if any(a is not b for a, b in zip(small, inputs, strict=True)) else []
-
-
-def random_inputs(captured: Captured, seed: int, batch: int | None = None) -> list[Any]:
-    """Inputs like the example's: normal floats, integers between its smallest and largest, its own booleans."""
-    generator = torch.Generator().manual_seed(seed)
-    batched = {place for s in captured.symbols if s.name == "batch" for place in s.places}
-    names = [n.target for n in captured.graph.nodes if n.op == "placeholder"]
-    result = []
-    for name, leaf in zip(names, captured.inputs, strict=True):
-        if isinstance(leaf, Tensor):
-            shape = list(leaf.shape)
-            if batch is not None and (name, 0) in batched:
-                shape[0] = batch
-            leaf = _random_like(leaf, shape, generator)
-        result.append(leaf)
-    return result
-
-
-def _random_like(leaf: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
-    if leaf.is_floating_point() or leaf.is_complex():
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype=leaf.dtype, device=_real(leaf))
-    if leaf.is_meta:
-        return torch.ones(shape, dtype=leaf.dtype)
-    if leaf.dtype == torch.bool or not leaf.numel() or leaf.min() == leaf.max():
-        rows = torch.arange(shape[0]) % leaf.shape[0] if shape else None
-        return leaf if rows is None else leaf[rows.to(leaf.device)]
-    low, high = int(leaf.min()), int(leaf.max()) + 1
-    return torch.randint(low, high, shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-
-
-def _real(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
 def dense_weights(captured: Captured, randomise: bool = False, seed: int = 0) -> Callable[[str], Tensor]:
@@ -387,56 +343,6 @@ def _varies(tree: Any) -> bool:
     return any(isinstance(leaf, Varying) for leaf in pytree.tree_leaves(tree))
 
 
-# ---------------------------------------------------------------------- a few rows stand for all
-ROWS = 4
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-
-
-def _sampled_operand(analysis: Analysis, kept: Kept, node: fx.Node) -> fx.Node | None:
-    """The operand of which a few rows say all about a node, because it treats every row alike, or None.
-
-    It is the input of linear layers and the queries of attention, the dearest operators, unless rows are removed.
-    """
-    shape, dims = node.meta.get("shape"), analysis.dims[node]
-    if node.target not in (torch.ops.aten.linear.default, ATTENTION) or len(shape) < 2:  # type: ignore[arg-type]
-        return None
-    operands = [node.args[0], *(a for a in [*node.args[1:], *node.kwargs.values()] if isinstance(a, fx.Node))]
-    first = operands[0]
-    if not isinstance(first, fx.Node) or first.op == "get_attr" or first in operands[1:]:
-        return None
-    if node.target is ATTENTION:
-        named, _ = bind(node.target, node.args, dict(node.kwargs))
-        return None if named["is_causal"] or isinstance(named["attn_mask"], fx.Node) else first
-    return None if any(kept.cut(d) for d in dims[:-1]) else first
-
-
-def _on_rows(interpreter: fx.Interpreter, node: fx.Node, run: Callable[[fx.Node], Any]) -> Any:
-    """Run a node on a few rows of its first operand and let every row have the result of the nearest of them.
-
-    Both graphs do so at the same nodes. What is shown is the same by induction over the nodes: each gives what the
-    masked one does on these rows, hence on any, and all others are compared on the values that come of it.
-    """
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    value = interpreter.env[source]
-    merged = (
-        value
-        if node.target is ATTENTION
-        else value.reshape(*[1] * (value.dim() - 2), math.prod(value.shape[:-1]), value.shape[-1])
-    )
-    count = merged.shape[-2]
-    if count <= 2 * ROWS:
-        return run(node)
-    pick = torch.linspace(0, count - 1, ROWS).long()
-    interpreter.env[source] = merged[..., pick, :]
-    try:
-        result = run(node)
-    finally:
-        interpreter.env[source] = value
-    nearest = (torch.arange(count) * ROWS) // count
-    return result[..., nearest, :].reshape(*value.shape[:-1], result.shape[-1])
-
-
 class _SampledReference(Reference):
     """A reference that runs some nodes on a few rows."""
 
@@ -446,7 +352,7 @@ class _SampledReference(Reference):
 
     def run_node(self, n: fx.Node) -> Any:
         run = super().run_node
-        return _on_rows(self, n, run) if n in self.sampled else run(n)
+        return on_rows(self, n, run) if n in self.sampled else run(n)
 
 
 def _lockstep(
@@ -459,13 +365,13 @@ def _lockstep(
     dtype: torch.dtype,
 ) -> float:
     """The largest difference of any output; infinite where only the pruned module fails."""
-    dense = {n for n in pruned.nodes if _sampled_operand(analysis, kept, n) is not None}
+    dense = {n for n in pruned.nodes if sampled_operand(analysis, kept, n) is not None}
     sampled = {pruned.nodes[n] for n in dense}
 
     class Sampled(_Upcast):
         def run_node(self, n: fx.Node) -> Any:
             run = super().run_node
-            return _on_rows(self, n, run) if n in sampled else run(n)
+            return on_rows(self, n, run) if n in sampled else run(n)
 
     small = Sampled(pruned, analysis, kept, weights, dtype)
     try:

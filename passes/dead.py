@@ -23,7 +23,8 @@ from fxprune.axes import Axis, Dim, atoms
 from fxprune.groups import Group, positions
 from fxprune.kept import Indices, Kept
 from fxprune.masked import MASKED
-from fxprune.prove import Reference, dense_weights, random_inputs
+from fxprune.proof_inputs import random_inputs
+from fxprune.prove import Reference, dense_weights
 from fxprune.recipe import Recipe
 from fxprune.rules.core import bind, rule_of
 from fxprune.rules.pointwise import pointwise

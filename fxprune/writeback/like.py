@@ -18,7 +18,8 @@ from fxprune.capture import ModelState, eval_with, record
 from fxprune.errors import FxpruneError, WriteBackError
 from fxprune.kept import Kept
 from fxprune.layers import constructor_arguments
-from fxprune.prove import difference, random_inputs
+from fxprune.proof_inputs import random_inputs
+from fxprune.prove import difference
 from fxprune.writeback.scale import restore_scales
 from fxprune.writeback.solve import Solution, equations, solve
 from fxprune.writeback.traced import Calls, Key, assign, trace_attributes
