@@ -10,7 +10,7 @@ Nothing is downloaded. Both end up as a saved model and as an ONNX file that nee
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
 import fxprune
 from bench import machine
 from bench.tasks import digits, minilm
+from bench.tasks.training import showing as training
 from fxprune.backends import BACKENDS
 from fxprune.backends.timing import Comparison, Interval, compare
 
@@ -57,18 +57,6 @@ class Settings:
     widths: tuple[int, int, int] = (32, 64, 128)
     images: int = 64
     rounds: int = 15
-
-
-@contextmanager
-def training(console: Console, what: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Show a bar of the training steps on a terminal, and nothing elsewhere; yields what is called after each step."""
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def advance(done: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=done, total=steps, description=f"{what}, loss {loss:.3f}")
-
-        yield advance
 
 
 def speed(faster: Interval) -> str:

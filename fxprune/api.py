@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from fxprune.admit import Admitted, admit
 from fxprune.analyse import Analysis, analyse
 from fxprune.capture import capture, example
 from fxprune.costs import Costs
-from fxprune.errors import BackendError, InputError, RecipeError, SavedModelError
-from fxprune.groups import find_groups, frozen_dimensions
+from fxprune.errors import BackendError, InputError, RecipeError, SavedModelError, TargetError
+from fxprune.groups import Group, find_groups, frozen_dimensions
 from fxprune.keep_class import choose_for_class
 from fxprune.kept import Kept
 from fxprune.plan import Plan
 from fxprune.prove import prove
 from fxprune.recipe import Recipe, read_recipe
-from fxprune.report import Latency, Pair, Report
+from fxprune.report import CLOCK_TOLERANCE, Clocked, Latency, Pair, Refitted, Report
 from fxprune.rewrite import rewrite
 from fxprune.writeback import Written, copy_weights, module_like
 from fxprune.writeback.config import configured, express
@@ -209,9 +210,12 @@ def compile(
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
     progress: Progress | None = None,
     plan: Plan | None = None,
+    calibration: Any = None,
+    loss: Callable[..., Tensor] | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
     **overrides: Any,
 ) -> Pruned:
-    """Prune a model: capture, analyse, choose, rewrite, prove.
+    """Prune a model: capture, analyse, choose, rewrite, prove; with calibration data reconstruct.
 
     Args:
         model: any module; it is left exactly as it was. An fx.GraphModule, or the result of an earlier `compile`, too,
@@ -223,10 +227,16 @@ def compile(
         progress: called with the name of each stage as it begins.
         plan: what `dry_run` returned, or the plan of an earlier result: the same is kept, nothing is chosen anew. Its
             recipe holds; `backend`, `proof`, `seed` and `keep_class` can be given anew.
+        calibration: batches of what the model takes, labels behind the inputs where a loss needs them: a DataLoader, a
+            list, or a number of random samples. A few hundred samples are plenty. With them what is removed is what
+            costs the least once the rest is refitted, and the rest is refitted; without, the smallest weights go.
+        loss: (output, labels) -> scalar, for criteria that use gradients; without one they use the model's own output.
+        metric: model -> number, higher is better: for `target={"max_drop": ...}`.
         overrides: keys of the recipe, `target={"macs": 0.5}`.
 
     Raises:
-        RecipeError, InputError, CaptureError, TargetError, NonFiniteError, ProofError: see `fxprune.errors`.
+        RecipeError, InputError, CaptureError, TargetError, NonFiniteError, ProofError, BackendError: see
+            `fxprune.errors`.
         SavedModelError: the plan does not fit the model.
 
     >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
@@ -239,12 +249,14 @@ def compile(
     >>> {name: list(dims) for name, dims in pruned.plan.kept.items()}
     {'0.weight': [0], '0.bias': [0], '2.weight': [1]}
     """
-    settings = _settings(recipe, plan, overrides)
+    settings = _settings(recipe, plan, overrides, calibration is not None, metric)
     admitted = admit(model)
     args, keywords = example(example_inputs, kwargs)
     clock = _Clock(progress)
     with _no_collection(), torch.inference_mode(False):  # inference tensors could not be trained
-        chosen = _choose(admitted, args, keywords, settings, dynamic_shapes, clock, plan)
+        chosen = _choose(admitted, args, keywords, settings, dynamic_shapes, clock, plan, calibration, loss)
+        if metric is not None and settings.target.max_drop is not None:
+            return _within_drop(admitted.model, args, keywords, settings, chosen, clock, metric)
         return _compile(admitted.model, args, keywords, settings, chosen, clock)
 
 
@@ -256,6 +268,8 @@ def dry_run(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
     progress: Progress | None = None,
+    calibration: Any = None,
+    loss: Callable[..., Tensor] | None = None,
     **overrides: Any,
 ) -> Plan:
     """Return what `compile` would keep and what that costs, without cutting anything.
@@ -270,15 +284,18 @@ def dry_run(
     >>> compile(net, torch.randn(2, 8), plan=plan).module.get_parameter("0.weight").shape
     torch.Size([32, 8])
     """
-    settings = _settings(recipe, None, overrides)
+    settings = _settings(recipe, None, overrides, calibration is not None)
     admitted = admit(model)
     args, keywords = example(example_inputs, kwargs)
+    clock = _Clock(progress)
     with _no_collection(), torch.inference_mode(False):
-        return _choose(admitted, args, keywords, settings, dynamic_shapes, _Clock(progress)).plan
+        return _choose(admitted, args, keywords, settings, dynamic_shapes, clock, None, calibration, loss).plan
 
 
+#: Trials for a target max_drop.
+_BISECTIONS = 6
 #: Keys of a recipe that a plan leaves open.
-_AFTER_CHOOSING = {"backend", "keep_class", "proof", "seed"}
+_AFTER_CHOOSING = {"backend", "keep_class", "proof", "seed", "reconstruction"}
 
 
 def settings_of(plan: Plan, overrides: Mapping[str, Any]) -> Recipe:
@@ -293,9 +310,12 @@ def settings_of(plan: Plan, overrides: Mapping[str, Any]) -> Recipe:
     return read_recipe({"target": {"params": 1.0}, **plan.recipe}, **overrides)
 
 
-def _settings(recipe: Any, plan: Plan | None, overrides: dict[str, Any]) -> Recipe:
+def _settings(
+    recipe: Any, plan: Plan | None, overrides: dict[str, Any], data: bool = False, metric: object = None
+) -> Recipe:
     """The recipe; names that it gets wrong are refused before any work is done."""
     from fxprune.backends import BACKENDS
+    from fxprune.passes import reconstruct
     from fxprune.passes.choose import functions
 
     if plan is not None and recipe is not None:
@@ -304,8 +324,22 @@ def _settings(recipe: Any, plan: Plan | None, overrides: dict[str, Any]) -> Reci
         settings = settings_of(plan, overrides)
     else:
         settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
-    functions(settings)
-    BACKENDS[settings.backend]
+    criterion, _ = functions(settings, data)
+    reconstruct.settings(settings, data)
+    target = settings.target
+    if criterion.needs and not data and not target.dead and plan is None:
+        raise InputError(
+            f"criterion '{settings.criterion}' takes calibration data: pass `calibration`, a loader of inputs like the "
+            "example's, or choose criterion 'magnitude', which needs none"
+        )
+    if (target.max_drop is None) != (metric is None):
+        raise RecipeError("target max_drop and `metric`, a function from a model to a number, go together")
+    if settings.keep_class and (target.clocked or target.max_drop is not None):
+        raise RecipeError("keep_class goes with the targets macs and params; the others are met without it")
+    backend = BACKENDS[settings.backend]
+    reason = backend.available() if target.clocked else None
+    if reason is not None:
+        raise BackendError(f"backend '{settings.backend}' cannot be used here: {reason}")
     return settings
 
 
@@ -319,6 +353,10 @@ class _Chosen:
     plan: Plan
     multiple: int
     biases: dict[str, Tensor]
+    groups: list[Group] = field(default_factory=list)
+    data: Any = None
+    clocked: Clocked | None = None
+    chooser: Any = None
 
 
 def _choose(
@@ -329,9 +367,13 @@ def _choose(
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None,
     clock: _Clock,
     plan: Plan | None = None,
+    calibration: Any = None,
+    loss: Any = None,
 ) -> _Chosen:
-    from fxprune.passes.choose import choose, preferred
-    from fxprune.select import reasons, say
+    from fxprune.backends import BACKENDS
+    from fxprune.passes.calibration import calibration as batches
+    from fxprune.passes.choose import chooser, preferred
+    from fxprune.passes.meet import meet
 
     if plan is not None and dynamic_shapes is None:
         dynamic_shapes = plan.dynamic or False
@@ -349,6 +391,8 @@ def _choose(
         costs = Costs(analysis)
     multiple = preferred(settings)
     biases: dict[str, Tensor] = {}
+    data = None if calibration is None else batches(calibration, captured, loss, settings.seed)
+    clocked, scored = None, None
     with clock.stage("choose"):
         if settings.target.dead:
             from fxprune.passes.dead import find_dead
@@ -360,19 +404,32 @@ def _choose(
             kept, notes = choose_for_class(admitted.model, analysis, groups, settings, costs, multiple)
             captured.notes += notes
         else:
-            kept = choose(analysis, groups, settings, costs, multiple)
-        chosen = Plan.of(
-            analysis,
-            groups,
-            kept,
-            costs,
-            plan.reasons() if plan is not None else reasons(say(analysis, groups, settings)),
-            biases=list(biases),
-            recipe=settings.model_dump(mode="json", exclude_unset=True),
-        )
+            scored = chooser(analysis, groups, settings, costs, multiple, None, data, admitted.model)
+            if settings.target.clocked:
+                backend = BACKENDS[settings.backend]
+                kept, clocked = meet(scored, admitted.model, args, keywords, backend, clock.say)
+            else:
+                kept = scored.kept(*settings.target.cost)
+        chosen = _plan(analysis, groups, kept, costs, settings, plan, biases)
     if plan is not None and chosen.kept != plan.kept:
         raise SavedModelError("the plan removes dead units, and this model's are others: make a new plan for it")
-    return _Chosen(analysis, costs, kept, chosen, multiple, biases)
+    return _Chosen(analysis, costs, kept, chosen, multiple, biases, groups, data, clocked, scored)
+
+
+def _plan(
+    analysis: Analysis,
+    groups: list[Group],
+    kept: Kept,
+    costs: Costs,
+    settings: Recipe,
+    plan: Plan | None = None,
+    biases: Iterable[str] = (),
+) -> Plan:
+    from fxprune.select import reasons, say
+
+    why = plan.reasons() if plan is not None else reasons(say(analysis, groups, settings))
+    recipe = settings.model_dump(mode="json", exclude_unset=True)
+    return Plan.of(analysis, groups, kept, costs, why, biases=list(biases), recipe=recipe)
 
 
 def _compile(
@@ -383,14 +440,30 @@ def _compile(
     chosen: _Chosen,
     clock: _Clock,
 ) -> Pruned:
+    from fxprune.passes import reconstruct
+
     analysis, kept, biases = chosen.analysis, chosen.kept, chosen.biases
     with clock.stage("rewrite"):
         rewritten = rewrite(analysis, kept, model, biases)
         written = module_like(model, analysis, kept, rewritten.module, settings.seed) if settings.keep_class else None
     with clock.stage("prove"):
         proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
+    refitted: list[Refitted] = []
+    method, options = reconstruct.settings(settings, chosen.data is not None)
+    if chosen.data is not None and method != "none":
+        with clock.stage("reconstruct"):
+            known = chosen.chooser.statistics if chosen.chooser is not None else None
+            refitted = reconstruct.reconstruct(
+                analysis, kept, rewritten, chosen.data, method, statistics=known, **options
+            )
+            if settings.keep_class:
+                written = module_like(model, analysis, kept, rewritten.module, settings.seed)
     plan = chosen.plan
     report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
+    report.refitted, report.clocked = refitted, chosen.clocked
+    report.samples = chosen.data.samples if chosen.data is not None else 0
+    if chosen.clocked is not None and not chosen.clocked.met(CLOCK_TOLERANCE):
+        report.notes.append(f"the target on the clock was missed: {chosen.clocked.line()}")
     return Pruned(
         module=written.module if written else rewritten.module,
         plan=plan,
@@ -402,6 +475,49 @@ def _compile(
         written=written,
         _graph=rewritten.module if written else None,
     )
+
+
+def _within_drop(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+    settings: Recipe,
+    chosen: _Chosen,
+    clock: _Clock,
+    metric: Callable[[nn.Module], float],
+) -> Pruned:
+    """The smallest share of the multiply-accumulates, by bisection, at which the metric loses no more than allowed.
+
+    Raises:
+        TargetError: the least that can be removed already costs more.
+    """
+    assert settings.target.max_drop is not None
+    dense = metric(model)
+    best, worst = None, None
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        clock.say(f"try {share:.2f} of the multiply-accumulates")
+        try:
+            kept = chosen.chooser.kept("macs", share)
+        except TargetError:
+            low = share
+            continue
+        plan = _plan(chosen.analysis, chosen.groups, kept, chosen.costs, settings)
+        trial = dataclasses.replace(chosen, kept=kept, plan=plan)
+        pruned = _compile(model, args, keywords, settings, trial, clock)
+        drop = dense - metric(pruned.module)
+        if drop <= settings.target.max_drop:
+            best, high = pruned, share
+            pruned.report.notes.append(f"the metric is {dense - drop:.4g}, dense {dense:.4g}")
+        else:
+            worst, low = drop, share
+    if best is None:
+        raise TargetError(
+            f"the metric drops by {worst if worst is not None else float('nan'):.3g} at {low:.2f} of the "
+            f"multiply-accumulates already; {settings.target.max_drop:.3g} is allowed"
+        )
+    return best
 
 
 def _report(
@@ -460,6 +576,11 @@ class _Clock:
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
+
+    def say(self, what: str) -> None:
+        """Tell the caller what a stage is doing."""
+        if self._progress:
+            self._progress(what)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

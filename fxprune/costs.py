@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Dim, Fixed, Product, atoms
@@ -30,6 +31,20 @@ class Costs:
         self._parameters = {
             name: dims for name, dims in analysis.tensors.items() if isinstance(captured.tensors[name], nn.Parameter)
         }
+        tensors = captured.tensors
+        self._stored = [(tensors[n].element_size(), dims) for n, dims in analysis.tensors.items()]
+        self._results: dict[fx.Node, list[tuple[int, Dims]]] = {}
+        self._last: dict[fx.Node, list[fx.Node]] = {}
+        last: dict[fx.Node, fx.Node] = {}
+        for node in captured.graph.nodes:
+            dims = analysis.dims.get(node, ())
+            dtype = node.meta.get("dtype")
+            width = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+            self._results[node] = [(width, ds) for ds in (dims if isinstance(dims, list) else [dims])]
+            for operand in node.all_input_nodes:
+                last[operand] = node
+        for node, user in last.items():
+            self._last.setdefault(user, []).append(node)
         self._users: dict[tuple[str, Axis], list[Dims]] = {}
         for kind, many in (("macs", self._macs), ("params", self._parameters.values())):
             for dims in many:
@@ -44,9 +59,25 @@ class Costs:
         """Return the number of parameters that the graph uses."""
         return self._total(list(self._parameters.values()), counts)
 
+    def memory(self, counts: Counts) -> int:
+        """Return the bytes of all tensors of the graph and of the most activations alive at a time.
+
+        Views count as copies, inputs do not count.
+        """
+        weights = sum(width * self._total([dims], counts) for width, dims in self._stored)
+        alive = most = 0
+        sizes: dict[fx.Node, int] = {}
+        for node in self._captured.graph.nodes:
+            if node.op == "call_function":
+                sizes[node] = sum(width * self._total([dims], counts) for width, dims in self._results[node])
+                alive += sizes[node]
+                most = max(most, alive)
+            alive -= sum(sizes.get(n, 0) for n in self._last.get(node, ()))
+        return weights + most
+
     def of(self, kind: str, counts: Counts) -> int:
-        """Return the cost called "macs" or "params"."""
-        return self.macs(counts) if kind == "macs" else self.params(counts)
+        """Return the cost called "macs", "params" or "memory"."""
+        return {"macs": self.macs, "params": self.params, "memory": self.memory}[kind](counts)
 
     def by_node(self, counts: Counts) -> dict[str, int]:
         """Return the multiply-accumulates of each contraction by node name."""
@@ -57,6 +88,8 @@ class Costs:
 
     def change(self, kind: str, new: Counts, counts: Counts) -> int:
         """Return by how much the cost grows when the axes of `new` keep so many units instead of what `counts` says."""
+        if kind == "memory":
+            return self.memory({**counts, **new}) - self.memory(counts)
         users = {id(dims): dims for axis in new for dims in self._users.get((kind, axis), [])}
         many = list(users.values())
         return self._total(many, {**counts, **new}) - self._total(many, counts)

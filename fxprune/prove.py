@@ -34,7 +34,7 @@ from fxprune.rewrite import Rewritten
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 
 #: Models of more multiply-accumulates have one run instead of two.
-HEAVY = 2e11
+HEAVY = 1e11
 _LOW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,7 +46,7 @@ class Proof:
         level: "full": float64, the model's own weights and randomised ones, example and random inputs;
             "quick": the model's own weights on a random input of batch 1 (a small image where the graph takes one), in
             float32. Linear layers and attention, which treat every row alike, run on a few rows at either level.
-            Models of more than 200 billion multiply-accumulates have one full run, on the first row of the example with
+            Models of more than 100 billion multiply-accumulates have one full run, on the first row of the example with
             randomised vectors; their own vectors are compared as they are.
         error: largest difference, relative to the largest magnitude of the reference.
         tolerance: what would have been too much.
@@ -258,15 +258,19 @@ class Reference(_Double):
         self.analysis, self.kept, self.weights = analysis, kept, weights
         names = [s.name for s in analysis.captured.symbols]
         self._sizes: dict[str, int] = dict.fromkeys(names, 0)
+        self._places = [n.target for n in self.graph.nodes if n.op == "placeholder"]
         self._varying = {n for n in self.graph.nodes if names and _varies((n.args, n.kwargs))}
 
     def run(self, inputs: list[Any], **_: Any) -> list[Any]:  # type: ignore[override]
         """Return the flat outputs for flat inputs, of any dynamic sizes."""
-        places = [n.target for n in self.graph.nodes if n.op == "placeholder"]
+        self.sized(inputs)
+        return super().run(inputs)
+
+    def sized(self, inputs: list[Any]) -> None:
+        """Read the dynamic sizes off inputs."""
         for symbol in self.analysis.captured.symbols:
             name, dim = symbol.places[0]
-            self._sizes[symbol.name] = int(inputs[places.index(name)].shape[dim])
-        return super().run(inputs)
+            self._sizes[symbol.name] = int(inputs[self._places.index(name)].shape[dim])
 
     def _literal(self, value: Any) -> Any:
         """A size that depends on the inputs, computed for these inputs."""

@@ -45,6 +45,10 @@ class Target(BaseModel):
     Attributes:
         macs: share of the multiply-accumulates to keep, in (0, 1].
         params: share of the parameters to keep, in (0, 1].
+        memory: share to keep of the bytes of weights and of the most activations alive at a time, in (0, 1].
+        speedup: how many times faster than the dense model on the recipe's backend, above 1; met by measuring.
+        latency_ms: milliseconds of one call on the example inputs on the recipe's backend; met by measuring.
+        max_drop: how much of the metric given to `compile` may be lost; as few multiply-accumulates as that allows.
         dead: remove only what is already zero or constant, without changing any output.
     """
 
@@ -52,9 +56,13 @@ class Target(BaseModel):
 
     macs: float | None = Field(default=None, gt=0, le=1)
     params: float | None = Field(default=None, gt=0, le=1)
+    memory: float | None = Field(default=None, gt=0, le=1)
+    speedup: float | None = Field(default=None, gt=1)
+    latency_ms: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, ge=0)
     dead: bool = False
 
-    @field_validator("macs", "params", mode="before")
+    @field_validator("macs", "params", "memory", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
         if isinstance(value, bool):  # else true would be 1.0
@@ -63,15 +71,25 @@ class Target(BaseModel):
 
     @model_validator(mode="after")
     def _one(self) -> Target:
-        given = [k for k in ("macs", "params") if getattr(self, k) is not None] + (["dead"] if self.dead else [])
+        given = [k for k in type(self).model_fields if getattr(self, k) is not None and getattr(self, k) is not False]
         if len(given) != 1:
-            raise ValueError(f"a target is exactly one of macs, params and dead, not {' and '.join(given) or 'none'}")
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"a target is exactly one of {known}, not {' and '.join(given) or 'none'}")
         return self
 
     @property
     def cost(self) -> tuple[str, float]:
         """The kind of cost and the share of it to keep."""
-        return ("macs", self.macs) if self.macs is not None else ("params", self.params or 1.0)
+        for kind in ("macs", "params", "memory"):
+            share = getattr(self, kind)
+            if share is not None:
+                return kind, share
+        return "macs", 1.0
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the target is a time on the clock."""
+        return self.speedup is not None or self.latency_ms is not None
 
 
 class Recipe(BaseModel):
@@ -79,8 +97,10 @@ class Recipe(BaseModel):
 
     Attributes:
         target: what to reach.
-        criterion: name of a criterion, or {"name": ..., option: value}.
-        allocation: name of an allocator, or {"name": ..., option: value}.
+        criterion: name of a criterion, or {"name": ..., option: value}; "auto" is obs with calibration data and
+            magnitude without.
+        allocation: name of an allocator, or {"name": ..., option: value}; "auto" is knapsack with calibration data and
+            uniform without.
         round_to: widths are multiples of it where they are large enough; None takes what the backend runs fast.
         keep: patterns of what stays whole: globs of module or parameter names ("head", "layer1.*"), classes
             ("type:LayerNorm"), kinds ("kind:residual"), one dimension ("fc.weight.0") or the name of a group. A kept
@@ -91,6 +111,10 @@ class Recipe(BaseModel):
             the rest of the budget over all others.
         floor: no group keeps a smaller share of its units than this, unless `ratios` say so.
         backend: what the model will run on.
+        threads: of the backend, for targets on the clock; None takes torch's number.
+        reconstruction: "auto" (least_squares with calibration data, none without), "none", "bias", "least_squares", or
+            {"name": ..., option: value}: see `fxprune.passes.reconstruct`.
+        max_memory: bytes that calibration statistics may take at a time.
         keep_class: return the original class with smaller parameters, and cut only what that class can express.
         proof: "full" (float64, randomised weights too) or "quick" (float32, one small input).
         seed: of everything random.
@@ -99,14 +123,17 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: Target
-    criterion: str | dict[str, Any] = "magnitude"
-    allocation: str | dict[str, Any] = "uniform"
+    criterion: str | dict[str, Any] = "auto"
+    allocation: str | dict[str, Any] = "auto"
     round_to: int | None = Field(default=None, ge=1)
     keep: tuple[str, ...] = ()
     groups: tuple[str, ...] | None = None
     ratios: dict[str, float | Range] = Field(default_factory=dict)
     floor: float = Field(default=0.05, ge=0, lt=1)
     backend: str = "onnxruntime"
+    threads: int | None = Field(default=None, ge=1)
+    reconstruction: str | dict[str, Any] = "auto"
+    max_memory: float = Field(default=2 * 2**30, gt=0)
     keep_class: bool = False
     proof: Literal["full", "quick"] = "full"
     seed: int = 0

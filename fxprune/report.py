@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from fxprune.plan import GroupPlan
 from fxprune.prove import Proof
+
+#: A measured speed-up may be so much below what was asked for, as a share.
+CLOCK_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,64 @@ class Latency:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One build on the way to a target on the clock: predicted and measured speed-up, and its 95 % interval."""
+
+    predicted: float
+    measured: float
+    interval: tuple[float, float]
+
+
+@dataclass(slots=True)
+class Clocked:
+    """How a target on the clock was met.
+
+    Attributes:
+        requested: times as fast as the dense model.
+        backend, threads: what it was measured on.
+        attempts: every build; `taken` is the place of the one that was returned.
+        residual: measured time of the dense model over the sum of its parts' times, 1 where the tables are exact.
+    """
+
+    requested: float
+    backend: str
+    threads: int
+    attempts: list[Attempt] = field(default_factory=list)
+    taken: int = 0
+    residual: float = 1.0
+
+    def met(self, tolerance: float) -> bool:
+        """Whether the measured speed-up is what was asked for, or at most a share of it below."""
+        return not self.attempts or self.attempts[self.taken].measured >= self.requested * (1 - tolerance)
+
+    def line(self) -> str:
+        """Return requested, predicted and measured speed-up in a sentence."""
+        if not self.attempts:
+            return "the dense model is as fast as was asked for"
+        taken = self.attempts[self.taken]
+        low, high = taken.interval
+        return (
+            f"speed-up requested {self.requested:.2f}, predicted {taken.predicted:.2f}, measured {taken.measured:.2f} "
+            f"(95 % in {low:.2f}-{high:.2f}) on {self.backend}, {self.threads} threads; {len(self.attempts)} builds; "
+            f"the parts' times add up to {1 / self.residual:.2f} of the whole model's"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """One layer after reconstruction.
+
+    Attributes:
+        name: of its weight.
+        before, after: mean squared error of its result over the variance of the target, on the calibration data.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
 @dataclass(slots=True)
 class Report:
     """The result of one `compile`.
@@ -58,6 +120,9 @@ class Report:
         whole: parameter dimensions that stay whole -> why.
         latency: filled by `Pruned.measure`.
         seconds: time spent in each stage.
+        clocked: how a target on the clock was met.
+        refitted: what reconstruction did to each layer.
+        samples: of calibration.
         notes: what the user should know.
     """
 
@@ -73,6 +138,9 @@ class Report:
     recipe: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
+    clocked: Clocked | None = None
+    refitted: list[Refitted] = field(default_factory=list)
+    samples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -137,6 +205,14 @@ class Report:
         lines += [
             f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()
         ]
+        if self.clocked is not None:
+            lines.append(self.clocked.line())
+        if self.refitted:
+            before, after = (statistics.median(getattr(r, k) for r in self.refitted) for k in ("before", "after"))
+            lines.append(
+                f"refitted {len(self.refitted)} layers after the proof on {self.samples} samples: relative error of a "
+                f"layer {before:.3g} -> {after:.3g} (median)"
+            )
         lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
         return lines

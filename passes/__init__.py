@@ -2,7 +2,8 @@
 
 - `criteria/`  one file each: (group, statistics) -> one score for each unit; high scores stay
 - `allocate/`  one file each: (groups, scores, costs, target) -> how many units each group keeps
-- `statistics` what criteria may ask of the model
+- `statistics` what criteria may ask of the model; `gather` collects it from `calibration` batches
+- `consumers`  products with weights as matrices; `obs` the mathematics of removing columns; `reconstruct` refits layers
 
 `CRITERIA` and `ALLOCATORS` are the registries; `load` fills them.
 """
@@ -14,5 +15,15 @@ __all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Criterion", "criterion", "loa
 
 def load() -> None:
     """Import every criterion and allocator, so that the registries are full."""
-    from fxprune.passes.allocate import ranking, uniform, width  # noqa: F401  (imported for what they register)
-    from fxprune.passes.criteria import magnitude, random  # noqa: F401
+    from fxprune.passes.allocate import (  # noqa: F401  (imported for what they register)
+        evolution,
+        isomorphic,
+        knapsack,
+        netadapt,
+        ranking,
+        sensitivity,
+        spdy,
+        uniform,
+        width,
+    )
+    from fxprune.passes.criteria import magnitude, obs, random  # noqa: F401

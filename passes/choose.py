@@ -4,19 +4,121 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from fxprune import passes
 from fxprune.analyse import Analysis
 from fxprune.costs import Costs
-from fxprune.errors import TargetError
+from fxprune.errors import NonFiniteError, TargetError
 from fxprune.groups import Group, frozen_dimensions
 from fxprune.kept import Indices, Kept
-from fxprune.passes.registries import ALLOCATORS, CRITERIA, Allocator, Budget, name_of, with_options
+from fxprune.passes.calibration import Calibration
+from fxprune.passes.registries import ALLOCATORS, CRITERIA, Allocator, Budget, Criterion, name_of, with_options
 from fxprune.passes.statistics import Scores, Statistics
+from fxprune.passes.trial import trial
 from fxprune.recipe import Recipe
 from fxprune.select import Say, limits, say
+
+
+@dataclass(slots=True)
+class Chooser:
+    """What can be cut, scored once; `kept` chooses for any budget.
+
+    Attributes:
+        eligible: groups that may be cut.
+        scores: of their units, by name.
+    """
+
+    analysis: Analysis
+    groups: list[Group]
+    recipe: Recipe
+    costs: Costs
+    multiple: int
+    allocate: Allocator
+    eligible: list[Group]
+    scores: dict[str, Scores]
+    said: Mapping[str, Say]
+    statistics: Statistics
+    error: Callable[[Kept], float] | None = None
+
+    def budget(self, kind: str, share: float) -> Budget:
+        """Return what may be kept, with the limits that recipe and groups set."""
+        steps = {g.name: step(g, self.multiple) for g in self.eligible}
+        own = {g.name: limits(g, self.said[g.name], steps[g.name]) for g in self.eligible if g.name in self.said}
+        least = {g.name: max(g.least, math.ceil(self.recipe.floor * g.size)) for g in self.eligible}
+        least |= {name: few for name, (few, _) in own.items()}
+        error = self.error
+        trial = None if error is None else lambda counts: error(self.best(counts))
+        return Budget(kind, share, steps, least, own, trial, self.recipe.seed)
+
+    def kept(self, kind: str, share: float) -> Kept:
+        """Allocate a share of a cost and keep the best units of each group.
+
+        Raises:
+            TargetError: the target cannot be reached; the text says what can be, and what stands in the way.
+        """
+        budget = self.budget(kind, share)
+        try:
+            counts = self.allocate(self.eligible, self.scores, self.costs, budget)
+        except TargetError as error:
+            why = _obstacles(self.analysis, self.groups, self.recipe, self.said, self.multiple)
+            raise TargetError(f"{error}.\n{why}") from None
+        for name, (few, most) in budget.limits.items():  # an allocation that knows nothing of limits
+            counts[name] = min(max(counts[name], few), most)
+        return self.best(counts)
+
+    def best(self, counts: Mapping[str, int]) -> Kept:
+        """Return the best units of each group."""
+        return Kept({g.axis: _best(self.scores[g.name], counts[g.name]) for g in self.eligible})
+
+
+def chooser(
+    analysis: Analysis,
+    groups: list[Group],
+    recipe: Recipe,
+    costs: Costs,
+    multiple: int,
+    whole: Mapping[str, str] | None = None,
+    data: Calibration | None = None,
+    model: nn.Module | None = None,
+) -> Chooser:
+    """Score the units of all eligible groups.
+
+    Args:
+        multiple: what widths are rounded to, see `step`.
+        whole: names of further groups that stay whole, and why.
+        data: calibration batches, for criteria that need them.
+        model: the original, for allocations that try models on the data.
+
+    Raises:
+        RecipeError: the criterion, the allocation or one of their options is unknown; `keep` or `ratios` match nothing,
+            or contradict each other.
+        InputError: the criterion needs data and there are none.
+    """
+    criterion, allocate = functions(recipe, data is not None)
+    said = say(analysis, groups, recipe)
+    eligible = [g for g in groups if not (g.name in said and said[g.name].whole) and g.name not in (whole or {})]
+    statistics = Statistics(analysis, recipe.seed, data, recipe.max_memory)
+    scores = score(criterion, eligible, statistics)
+    result = Chooser(analysis, groups, recipe, costs, multiple, allocate, eligible, scores, said, statistics)
+    if data is not None and model is not None:
+        result.error = _when_called(lambda: trial(analysis, model, data, recipe.max_memory))
+    return result
+
+
+def _when_called(make: Callable[[], Callable[[Kept], float]]) -> Callable[[Kept], float]:
+    """A function that is made at its first call."""
+    made: list[Callable[[Kept], float]] = []
+
+    def call(kept: Kept) -> float:
+        if not made:
+            made.append(make())
+        return made[0](kept)
+
+    return call
 
 
 def choose(
@@ -26,48 +128,48 @@ def choose(
     costs: Costs,
     multiple: int,
     whole: Mapping[str, str] | None = None,
+    data: Calibration | None = None,
 ) -> Kept:
-    """Score the units of all eligible groups, allocate the budget, keep the best of each group.
+    """Score, allocate the recipe's budget, keep the best of each group: see `chooser` and `Chooser.kept`."""
+    return chooser(analysis, groups, recipe, costs, multiple, whole, data).kept(*recipe.target.cost)
 
-    Args:
-        multiple: what widths are rounded to, see `step`.
-        whole: names of further groups that stay whole, and why.
+
+def score(criterion: Criterion, groups: list[Group], statistics: Statistics) -> dict[str, Scores]:
+    """Return the scores of all groups by name, gathering what the criterion needs for a few groups at a time.
 
     Raises:
-        RecipeError: the criterion, the allocation or one of their options is unknown; `keep` or `ratios` match nothing,
-            or contradict each other.
-        TargetError: the target cannot be reached; the text says what can be, and what stands in the way.
+        InputError: the criterion needs data and there are none.
+        NonFiniteError: a score is NaN or infinite.
     """
-    score, allocate = functions(recipe)
-    said = say(analysis, groups, recipe)
-    eligible = [g for g in groups if not (g.name in said and said[g.name].whole) and g.name not in (whole or {})]
-    kind, share = recipe.target.cost
-    steps = {g.name: step(g, multiple) for g in eligible}
-    own = {g.name: limits(g, said[g.name], steps[g.name]) for g in eligible if g.name in said}
-    least = {g.name: max(g.least, math.ceil(recipe.floor * g.size)) for g in eligible}
-    least |= {name: few for name, (few, _) in own.items()}
-    statistics = Statistics(analysis, recipe.seed)
-    scores = {g.name: score(g, statistics) for g in eligible}
-    try:
-        counts = allocate(eligible, scores, costs, Budget(kind, share, steps, least, own))
-    except TargetError as error:
-        raise TargetError(f"{error}.\n{_obstacles(analysis, groups, recipe, said, multiple)}") from None
-    for name, (few, most) in own.items():  # an allocation that knows nothing of limits
-        counts[name] = min(max(counts[name], few), most)
-    return Kept({g.axis: _best(scores[g.name], counts[g.name]) for g in eligible})
+    scores: dict[str, Scores] = {}
+    for part in statistics.parts(groups, criterion.needs):
+        statistics.gather(part, criterion.needs)
+        for group in part:
+            scores[group.name] = criterion.score(group, statistics)
+            if not np.isfinite(scores[group.name]).all():
+                raise NonFiniteError(f"{group.name}: a score is NaN or infinite")
+        statistics.free()
+    return scores
 
 
-def functions(recipe: Recipe) -> tuple[Callable[..., Scores], Allocator]:
+def functions(recipe: Recipe, data: bool = False) -> tuple[Criterion, Allocator]:
     """Return the criterion and the allocator that a recipe names, with their options.
+
+    Args:
+        data: there are calibration data; decides what "auto" is.
 
     Raises:
         RecipeError: there is no such name or option.
     """
     passes.load()
-    criterion, allocation = name_of(recipe.criterion, "criterion"), name_of(recipe.allocation, "allocation")
+    chosen = {"criterion": recipe.criterion, "allocation": recipe.allocation}
+    best = dict(zip(chosen, ("obs", "knapsack") if data else ("magnitude", "uniform"), strict=True))
+    named = {kind: best[kind] if setting == "auto" else setting for kind, setting in chosen.items()}
+    criterion, allocation = name_of(named["criterion"], "criterion"), name_of(named["allocation"], "allocation")
+    scoring = with_options(CRITERIA[criterion].score, named["criterion"], "criterion")
     return (
-        with_options(CRITERIA[criterion].score, recipe.criterion, "criterion"),
-        with_options(ALLOCATORS[allocation], recipe.allocation, "allocation"),
+        Criterion(scoring, CRITERIA[criterion].needs),
+        with_options(ALLOCATORS[allocation], named["allocation"], "allocation"),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxprune.costs import Costs
-from fxprune.errors import RecipeError
+from fxprune.errors import InputError, RecipeError
 from fxprune.groups import Group
 from fxprune.passes.statistics import Scores, Statistics
 from fxprune.registry import Registry, nearest
@@ -33,11 +33,13 @@ class Budget:
     """A cost and how much of it may be kept.
 
     Attributes:
-        kind: "macs" or "params".
+        kind: "macs", "params", "memory" or "latency".
         share: of the dense cost.
         step: group name -> widths are multiples of this many units.
         least: group name -> the fewest units that may be kept.
         limits: group name -> the fewest and the most units, for groups that the recipe gives limits of their own.
+        error: group name -> units of every group: what the model's output loses on calibration data; None without data.
+        seed: of everything random.
     """
 
     kind: str
@@ -45,6 +47,8 @@ class Budget:
     step: Mapping[str, int]
     least: Mapping[str, int]
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    error: Callable[[Mapping[str, int]], float] | None = None
+    seed: int = 0
 
 
 #: (groups, scores by group name, costs, budget, **options) -> kept units by group name.
@@ -52,6 +56,17 @@ Allocator = Callable[..., dict[str, int]]
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 ALLOCATORS: Registry[Allocator] = Registry("allocation")
+
+
+def needs_error(name: str, budget: Budget) -> Callable[[Mapping[str, int]], float]:
+    """Return the budget's error function.
+
+    Raises:
+        InputError: there are no calibration data to try models on.
+    """
+    if budget.error is None:
+        raise InputError(f"allocation '{name}' tries models on calibration data: pass `calibration`")
+    return budget.error
 
 
 def criterion(name: str, needs: tuple[str, ...] = ()) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:

@@ -1,20 +1,42 @@
-"""What a criterion may ask of the model: sums over weights by dimension."""
+"""What a criterion may ask of the model: sums over weights, and what data show of activations and gradients.
+
+A criterion declares what it needs; `gather` makes one pass over the data for exactly that, for as many groups at a time
+as the memory allows (`parts`), and `free` lets go of it. Under `torchrun` every process feeds its own data and the sums
+are added up over all of them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.axes import atoms
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import Group, positions
+from fxprune.passes import gather
+from fxprune.passes.calibration import Batch, Calibration
+from fxprune.passes.consumers import Contraction, Units, consumers, contractions, matched
+from fxprune.passes.gather import Channels
 
 Scores = npt.NDArray[np.float64]
+
+#: What criteria can ask for, and what it is.
+NEEDS = {
+    "moments": "second moments of what each contraction reads",
+    "activations": "sums over the activations of each channel",
+    "gradients": "the loss's mean gradient of each parameter",
+    "sample_gradients": "the mean square of each parameter's gradient by sample",
+    "mask_gradients": "the gradient of a factor on each unit, by sample",
+}
+#: Bytes that statistics may take at a time.
+MAX_MEMORY = 2 * 2**30
 
 
 class Statistics:
@@ -23,12 +45,172 @@ class Statistics:
     Args:
         analysis: of the captured model.
         seed: for criteria that draw random numbers.
+        data: calibration batches, for criteria that need them.
+        max_memory: bytes that second moments, the largest of all, may take at a time.
     """
 
-    def __init__(self, analysis: Analysis, seed: int = 0) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        seed: int = 0,
+        data: Calibration | None = None,
+        max_memory: float = MAX_MEMORY,
+    ) -> None:
         self.analysis = analysis
         self.seed = seed
+        self.data = data
+        self.max_memory = max_memory
         self._sums: dict[tuple[str, int, float], Scores] = {}
+        self._gathered = gather.Gathered()
+        #: Which rows of each contraction reach an output (padding does not), by portion of the data.
+        self.relevant: dict[fx.Node, dict[int, Tensor]] = {}
+
+    # ------------------------------------------------------------------ what data show
+    @cached_property
+    def contractions(self) -> list[Contraction]:
+        """All products of activations with parameters."""
+        return contractions(self.analysis)
+
+    def consumers(self, group: Group) -> list[Contraction]:
+        """Return the contractions that sum over a group's units."""
+        return consumers(self.analysis, group, self.contractions)
+
+    def matched(self, group: Group) -> list[tuple[tuple[fx.Node, int], tuple[fx.Node, int]]]:
+        """Return the pairs of (activation, dimension) whose product sums over a group, as queries and keys do."""
+        return matched(self.analysis, group)
+
+    def units(self, group: Group, contraction: Contraction) -> Units:
+        """Return which unit of a group each input of a contraction's matrices belongs to, or -1: (groups, in)."""
+        dim = self.analysis.dims[contraction.operand][contraction.channel]
+        return contraction.units(dim, group.axis, self.kernel(contraction))
+
+    def kernel(self, contraction: Contraction) -> tuple[int, ...]:
+        """Return the spatial shape of a contraction's weight, () for a linear layer."""
+        return tuple(self.weight(contraction.weight).shape[2:]) if contraction.rank else ()
+
+    def weight(self, name: str) -> Tensor:
+        """Return a tensor of the model by name.
+
+        Raises:
+            InputError: it has no values (it is on the meta device).
+        """
+        tensor = self.analysis.captured.tensors[name].detach()
+        if tensor.is_meta:
+            raise InputError(f"'{name}' is on the meta device and has no values to rank; use criterion 'random'")
+        return tensor
+
+    def parts(self, groups: Sequence[Group], needs: Collection[str]) -> Iterator[list[Group]]:
+        """Yield the groups in runs whose statistics fit into `max_memory` together; one group is always taken."""
+        part: list[Group] = []
+        counted: set[Contraction] = set()
+        total = 0.0
+        for group in groups:
+            new = [c for c in self.consumers(group) if c not in counted] if "moments" in needs else []
+            size = sum(self.moment_bytes(c) for c in new)
+            if part and total + size > self.max_memory:
+                yield part
+                part, counted, total = [], set(), 0.0
+                new = self.consumers(group)
+                size = sum(self.moment_bytes(c) for c in new)
+            part.append(group)
+            counted |= set(new)
+            total += size
+        if part:
+            yield part
+
+    def moment_bytes(self, contraction: Contraction) -> float:
+        """Return the bytes that the second moments of a contraction take."""
+        matrix = contraction.matrix(self.weight(contraction.weight))
+        return 8.0 * matrix.shape[0] * (matrix.shape[2] + 1) ** 2
+
+    def gather(self, groups: Iterable[Group], needs: Collection[str]) -> None:
+        """Make the passes over the data that the needs take.
+
+        Raises:
+            InputError: there are needs and no data.
+            NonFiniteError: an activation or a gradient is NaN or infinite.
+        """
+        if not needs:
+            return
+        if self.data is None:
+            raise InputError(
+                f"{', '.join(NEEDS[n] for n in sorted(needs))}: this takes calibration data; pass `calibration`, a "
+                "loader of inputs like the example's, or choose criterion 'magnitude', which needs none"
+            )
+        chosen = list(groups)
+        read = list(dict.fromkeys(c for g in chosen for c in self.consumers(g)))
+        pairs = list(dict.fromkeys(end for g in chosen for pair in self.matched(g) for end in pair))
+        self._gathered = gather.collect(self, self.data, read, pairs, needs)
+
+    def free(self) -> None:
+        """Let go of what was gathered."""
+        self._gathered = gather.Gathered()
+
+    def moment(self, contraction: Contraction) -> Tensor:
+        """Return E[x x^T] of what a contraction reads, float64 (groups, in, in).
+
+        Where the contraction has a bias, a constant 1 is the last entry of x.
+        """
+        return self._gathered.moments[contraction]
+
+    def slope(self, contraction: Contraction) -> Tensor:
+        """Return how much the objective depends on each result of a contraction, float64 (groups, out).
+
+        The square of the objective's gradient, summed over a sample's rows, averaged over the samples: half of it times
+        the mean squared error of the result is what the objective grows by (the diagonal of the Gauss-Newton matrix).
+        """
+        return self._gathered.slopes[contraction]
+
+    @cached_property
+    def activation_bytes(self) -> float:
+        """Bytes of all activations of one sample of the example, which a backward pass keeps."""
+        total = 0
+        for node in self.analysis.captured.graph.nodes:
+            shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
+            if node.op == "call_function" and isinstance(shape, tuple) and isinstance(dtype, torch.dtype):
+                total += math.prod(s if isinstance(s, int) else max(s) for s in shape) * dtype.itemsize
+        return total / max(Batch(self.analysis.captured.inputs).size, 1)
+
+    def activation(self, node: fx.Node, dim: int) -> Channels:
+        """Return sums over an activation, by index of one of its dimensions."""
+        return self._gathered.channels[node, dim % len(self.analysis.dims[node])]
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the loss's gradient of a parameter, averaged over the samples, in the parameter's shape."""
+        return self._gathered.gradients[name]
+
+    def squared_gradient(self, name: str) -> Tensor:
+        """Return the mean over samples of the squared gradient of a parameter, in its shape."""
+        return self._gathered.squared[name]
+
+    def mask_gradient(self, group: Group) -> Scores:
+        """Return the loss's gradient with respect to a factor on each unit, where it is read: (samples, units).
+
+        Summed over all contractions that read the group; matched pairs (queries and keys) count through the first.
+        """
+        total: Scores | None = None
+        ends = [(c.operand, c.channel % len(self.analysis.dims[c.operand])) for c in self.consumers(group)]
+        ends += [first for first, _ in self.matched(group)]
+        for node, dim in dict.fromkeys(ends):
+            values = self._gathered.masks[node, dim]  # (samples, channels)
+            found = np.zeros((len(values), group.size))
+            for units in positions(self.analysis.dims[node][dim], group.axis):
+                inside = units >= 0
+                np.add.at(found.T, units[inside], values[:, inside].T)
+            total = found if total is None else total + found
+        if total is None:
+            raise InputError(f"{group.name}: no contraction reads it, so that no gradient says what it is for")
+        return total
+
+    def by_unit(self, group: Group, node: fx.Node, dim: int, values: Scores) -> Scores:
+        """Return the sum of an activation's values by channel over the channels of each unit, (units,)."""
+        total = np.zeros(group.size)
+        for units in positions(self.analysis.dims[node][dim], group.axis):
+            inside = units >= 0
+            total += np.bincount(units[inside], weights=values[inside], minlength=group.size)
+        return total
+
+    # ------------------------------------------------------------------ weights
 
     def weight_sums(self, name: str, dim: int, p: float) -> Scores:
         """Return the sum of |w|^p over all other dimensions of a parameter, one number for each index of `dim`.
@@ -45,9 +227,7 @@ class Statistics:
 
     def _sum(self, name: str, p: float) -> None:
         """Fill the sums of all dimensions of one parameter: |w|^p is computed once, kernels are summed first."""
-        tensor = self.analysis.captured.tensors[name].detach()
-        if tensor.is_meta:
-            raise InputError(f"'{name}' is on the meta device and has no values to rank; use criterion 'random'")
+        tensor = self.weight(name)
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()
         power = tensor * tensor if p == 2 else tensor.abs() ** p

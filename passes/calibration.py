@@ -1,0 +1,202 @@
+"""Calibration data: batches like the example inputs, with labels where a loss needs them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fxprune.capture import Captured
+from fxprune.errors import InputError
+from fxprune.proof_inputs import random_inputs
+
+#: (the model's output, the batch's labels) -> a scalar. Without labels it may take the output alone.
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        inputs: the leaves of ((args, kwargs)), in the order of the captured graph's placeholders.
+        labels: what came with them, or None.
+    """
+
+    inputs: list[Any]
+    labels: Any = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples: the first tensor's first dimension."""
+        first = next((x for x in self.inputs if isinstance(x, Tensor) and x.dim()), None)
+        return len(first) if first is not None else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Batches that fit the captured graph.
+
+    Attributes:
+        batches: at least one.
+        loss: from the user, or None.
+        random: the inputs are random numbers, not data.
+    """
+
+    batches: list[Batch]
+    loss: Loss | None = None
+    random: bool = False
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in all batches."""
+        return sum(batch.size for batch in self.batches)
+
+
+@dataclass(slots=True)
+class _Layout:
+    """What a batch has to look like."""
+
+    captured: Captured
+    args: int = field(init=False)
+    names: list[str] = field(init=False)
+    places: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        example = pytree.tree_unflatten(list(range(len(self.captured.inputs))), self.captured.in_spec)
+        self.args, self.names = len(example[0]), list(example[1])
+        self.places = [str(n.target) for n in self.captured.graph.nodes if n.op == "placeholder"]
+
+    def batch(self, item: Any) -> Batch:
+        args, kwargs, labels = self._parts(item)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.captured.in_spec:
+            raise InputError(
+                f"a calibration batch does not have the structure of the example inputs ({self._describe()}): "
+                f"it is {_outline(item)}"
+            )
+        dynamic = {place for symbol in self.captured.symbols for place in symbol.places}
+        for name, leaf, example in zip(self.places, leaves, self.captured.inputs, strict=True):
+            if isinstance(example, Tensor) != isinstance(leaf, Tensor):
+                raise InputError(f"calibration: '{name}' is {type(leaf).__name__}, not {type(example).__name__}")
+            if not isinstance(leaf, Tensor):
+                continue
+            fits = leaf.dim() == example.dim() and all(
+                a == b or (name, i) in dynamic for i, (a, b) in enumerate(zip(leaf.shape, example.shape, strict=True))
+            )
+            if not fits:
+                raise InputError(
+                    f"calibration: '{name}' has the shape {tuple(leaf.shape)}, the example {tuple(example.shape)}; "
+                    f"only {sorted(d for n, d in dynamic if n == name) or 'no'} dimensions may differ"
+                )
+            if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise InputError(f"calibration: '{name}' holds NaN or infinite values")
+        leaves = [
+            x.to(dtype=e.dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != e.dtype else x
+            for x, e in zip(leaves, self.captured.inputs, strict=True)
+        ]
+        return Batch(leaves, labels)
+
+    def _parts(self, item: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Positional and keyword inputs and labels of one item of a loader."""
+        if isinstance(item, Mapping):
+            known = {k: item[k] for k in self.names if k in item}
+            rest = {k: v for k, v in item.items() if k not in known}
+            args = tuple(rest.pop(k) for k in list(rest)[: self.args]) if self.args else ()
+            labels = next(iter(rest.values())) if len(rest) == 1 else rest or None
+            return args, known, labels
+        if not isinstance(item, Sequence) or isinstance(item, Tensor):
+            return (item,), {}, None
+        first = item[0] if item else None
+        if isinstance(first, Mapping) or (isinstance(first, list | tuple) and len(item) <= 2):
+            args, kwargs, labels = self._parts(first)
+            return args, kwargs, item[1] if len(item) > 1 else labels
+        more = tuple(item[self.args :])
+        return tuple(item[: self.args]), {}, more[0] if len(more) == 1 else more or None
+
+    def _describe(self) -> str:
+        return ", ".join(
+            f"{n}: {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            for n, x in zip(self.places, self.captured.inputs, strict=True)
+        )
+
+
+def calibration(source: Any, captured: Captured, loss: Loss | None = None, seed: int = 0) -> Calibration:
+    """Return checked batches.
+
+    Args:
+        source: any iterable of batches (a DataLoader, a list), or a number of random samples. A batch is what the model
+            takes (a tensor, a tuple of positional inputs, a dict of keyword inputs), optionally followed by labels:
+            (inputs, labels), (input, other input, labels), or further keys of the dict.
+        loss: (output, labels) -> scalar.
+
+    Raises:
+        InputError: there is no batch, one has another shape than the example inputs, holds values that are not finite,
+            or labels are missing that the loss takes.
+    """
+    random = isinstance(source, int) and not isinstance(source, bool)
+    if random:
+        warnings.warn(
+            "calibration on random numbers: what is kept suits these, not the data that the model will see",
+            UserWarning,
+            stacklevel=3,
+        )
+        batches = _random(captured, source, seed)
+    elif isinstance(source, Tensor | str) or not isinstance(source, Iterable):
+        raise InputError(
+            f"calibration is an iterable of batches or a number of random samples, not {type(source).__name__}"
+        )
+    else:
+        layout = _Layout(captured)
+        batches = [layout.batch(item) for item in source]
+    if not batches:
+        raise InputError("calibration yields no batch")
+    if loss is not None and any(b.labels is None for b in batches) and _arguments(loss) > 1:
+        raise InputError("the loss takes labels, but calibration batches have none: yield (inputs, labels)")
+    return Calibration(batches, loss, random)
+
+
+def _random(captured: Captured, samples: int, seed: int) -> list[Batch]:
+    size = next((s.values[0] for s in captured.symbols if s.name == "batch"), None)
+    first = Batch(captured.inputs).size
+    rows = [first] * -(-samples // first) if size is None else [8] * (samples // 8) + [samples % 8] * (samples % 8 > 0)
+    return [Batch(random_inputs(captured, seed + i, batch=n)) for i, n in enumerate(rows) if n]
+
+
+def _arguments(loss: Loss) -> int:
+    """How many arguments a loss must be given."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def apply_loss(loss: Loss, output: Any, labels: Any) -> Tensor:
+    """Call a user's loss.
+
+    Raises:
+        InputError: what it gives is no scalar that depends on the output.
+    """
+    value = loss(output) if labels is None else loss(output, labels)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError(f"the loss gives {_outline(value)}, not a scalar tensor")
+    if not value.requires_grad:
+        raise InputError("the loss does not depend on the model's output, so that it has no gradient")
+    return value.reshape(())
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_outline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_outline, value)) + ")"
+    return type(value).__name__

@@ -1,0 +1,362 @@
+"""Latency tables: how long each part of the model takes at a grid of widths, measured on the backend that will run it.
+
+The graph is cut before every contraction, so that a part is a contraction and what follows it up to the next. At a few
+widths the whole model is rewritten, each part is built and timed beside a fixed reference workload, and its time is
+kept on disk under what it depends on: the part itself with all shapes, the backend and its version, threads, processor.
+Between the widths times are interpolated over the part's multiply-accumulates; a wider part that is faster replaces a
+narrower one (the lower monotone envelope). What the sum of all parts differs from the measured whole model by is kept
+as a factor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.analyse import Analysis
+from fxprune.axes import Axis, atoms
+from fxprune.backends.base import Backend, Runner
+from fxprune.backends.timing import compare
+from fxprune.costs import Costs
+from fxprune.groups import Group
+from fxprune.kept import Kept
+from fxprune.rewrite import Rewritten, rewrite
+
+#: Shares of the units at which parts are measured.
+GRID = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+#: Rounds of a measurement of one part.
+REPEATS = 9
+
+
+@dataclass(slots=True)
+class Part:
+    """A run of the graph's nodes.
+
+    Attributes:
+        nodes: in the captured graph.
+        macs: of its contractions, as dimensions.
+        axes: those of groups that its contractions carry.
+        points: (multiply-accumulates, seconds), ascending.
+    """
+
+    nodes: list[fx.Node]
+    macs: list[Any]
+    axes: frozenset[Axis]
+    points: list[tuple[float, float]] = field(default_factory=list)
+
+    def seconds(self, macs: float) -> float:
+        """Return the time at so many multiply-accumulates, on the lower monotone envelope."""
+        if not self.points:
+            return 0.0
+        x = np.array([p[0] for p in self.points])
+        y = np.minimum.accumulate(np.array([p[1] for p in self.points])[::-1])[::-1]
+        if macs < x[0]:  # below the grid: towards half of the smallest's time at no work
+            return float(y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0)))
+        return float(np.interp(macs, x, y))
+
+
+class LatencyCosts(Costs):
+    """Costs that know latency too: kind "latency", in seconds.
+
+    Attributes:
+        whole: seconds of the dense model, measured.
+        sum: seconds of all its parts.
+    """
+
+    def __init__(self, analysis: Analysis, parts: Sequence[Part], whole: float) -> None:
+        super().__init__(analysis)
+        self.parts = list(parts)
+        self.whole = whole
+        self.sum = sum(p.seconds(self._total(p.macs, {})) for p in parts)
+        self._by_axis: dict[Axis, list[Part]] = {}
+        for part in parts:
+            for axis in part.axes:
+                self._by_axis.setdefault(axis, []).append(part)
+
+    @property
+    def residual(self) -> float:
+        """The measured time of the whole model over the sum of its parts."""
+        return self.whole / self.sum if self.sum else 1.0
+
+    def latency(self, counts: Mapping[Axis, int]) -> float:
+        """Return the predicted seconds of the whole model."""
+        return self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.parts)
+
+    def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
+        """Return the cost called "macs", "params", "memory" or "latency"."""
+        return self.latency(counts) if kind == "latency" else super().of(kind, counts)
+
+    def change(self, kind: str, new: Mapping[Axis, int], counts: Mapping[Axis, int]) -> Any:
+        """Return by how much the cost grows when the axes of `new` keep so many units."""
+        if kind != "latency":
+            return super().change(kind, new, counts)
+        touched = {id(p): p for axis in new for p in self._by_axis.get(axis, [])}.values()
+        after = {**counts, **new}
+        grown = sum(p.seconds(self._total(p.macs, after)) - p.seconds(self._total(p.macs, counts)) for p in touched)
+        return self.residual * grown
+
+
+def split(analysis: Analysis, groups: Sequence[Group]) -> list[Part]:
+    """Cut the graph before every contraction; what comes before the first belongs to it."""
+    free = {g.axis for g in groups}
+    macs: dict[fx.Node, list[Any]] = {}
+    for node, dims in analysis.macs:
+        macs.setdefault(node, []).append(dims)
+    parts: list[Part] = []
+    nodes: list[fx.Node] = []
+    for node in analysis.captured.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node in macs and any(n in macs for n in nodes):
+            parts.append(_part(nodes, macs, free))
+            nodes = []
+        nodes.append(node)
+    return [*parts, _part(nodes, macs, free)] if nodes else parts
+
+
+def _part(nodes: list[fx.Node], macs: Mapping[fx.Node, list[Any]], free: set[Axis]) -> Part:
+    own = [dims for n in nodes for dims in macs.get(n, [])]
+    axes = frozenset(a for dims in own for d in dims for a in atoms(d)) & free
+    return Part(list(nodes), own, axes)
+
+
+# ---------------------------------------------------------------------- measuring
+def tables(
+    analysis: Analysis,
+    model: nn.Module,
+    groups: Sequence[Group],
+    backend: Backend,
+    step: Callable[[Group], int],
+    *,
+    threads: int,
+    whole: Callable[[Clock], float],
+    progress: Callable[[int, int], None] | None = None,
+    grid: Sequence[float] = GRID,
+) -> LatencyCosts:
+    """Measure every part at every width of the grid, and return costs that know latency.
+
+    Args:
+        step: what a group's width is a multiple of.
+        whole: seconds of the dense model by a clock that knows the reference.
+        progress: called with how many measurements are done and how many there are.
+    """
+    costs = Costs(analysis)
+    parts = split(analysis, groups)
+    clock = Clock(backend, threads)
+    done, count = 0, len(grid) * len(parts)
+    for share in sorted(grid, reverse=True):
+        counts = {g.axis: _width(g, share, step(g)) for g in groups}
+        kept = Kept({axis: np.arange(n) for axis, n in counts.items()})
+        rewritten = rewrite(analysis, kept, model)
+        for part, module, inputs in _modules(analysis, rewritten, parts):
+            macs = costs._total(part.macs, counts)
+            if part.axes or share == max(grid):
+                part.points.insert(0, (float(macs), clock.seconds(module, inputs)))
+            done += 1
+            if progress:
+                progress(done, count)
+    for part in parts:
+        part.points.sort()
+    clock.save()
+    return LatencyCosts(analysis, parts, whole(clock))
+
+
+def _width(group: Group, share: float, step: int) -> int:
+    """The multiple of a step nearest to a share of the units, at least one step."""
+    if share >= 1:
+        return group.size
+    return min(max(round(share * group.size / step) * step, step, group.least), group.size)
+
+
+def _modules(
+    analysis: Analysis, rewritten: Rewritten, parts: Sequence[Part]
+) -> Iterator[tuple[Part, nn.Module, list[Tensor]]]:
+    """Each part of the rewritten graph as a module of its own, and inputs for it."""
+    graph = rewritten.module.graph
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    starts = []
+    for part in parts:
+        emitted = [place[rewritten.nodes[n]] for n in part.nodes if n in rewritten.nodes]
+        starts.append(min(emitted) if emitted else None)
+    values = _Values(rewritten.module)
+    with torch.no_grad():
+        values.run(*_example(analysis, rewritten), enable_io_processing=False)
+    known = [s for s in starts if s is not None]
+    bounds = [*known[1:], len(nodes) - 1]
+    ends = dict(zip(known, bounds, strict=True))
+    first = True
+    for part, start in zip(parts, starts, strict=True):
+        if start is None:
+            continue
+        run = nodes[0 if first else start : ends[start]]
+        first = False
+        built = _module(rewritten.module, [n for n in run if n.op in ("call_function", "call_module")], values.values)
+        if built is not None:
+            yield part, *built
+
+
+def _example(analysis: Analysis, rewritten: Rewritten) -> list[Any]:
+    """Flat inputs in the order of the emitted graph's placeholders; numbers for those that have no values."""
+    from fxprune.proof_inputs import random_inputs
+
+    given = analysis.captured.inputs
+    meta = any(isinstance(x, Tensor) and x.is_meta for x in given)
+    return random_inputs(analysis.captured, 0) if meta else given
+
+
+class _Values(fx.Interpreter):
+    """Keeps every value."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+def _module(
+    root: fx.GraphModule, run: Sequence[fx.Node], values: Mapping[fx.Node, Any]
+) -> tuple[nn.Module, list[Tensor]] | None:
+    """Nodes as a module: tensors from outside are inputs, numbers from outside are written in."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    inputs: list[Tensor] = []
+    inside = set(run)
+
+    def outside(node: fx.Node) -> Any:
+        if node in copies:
+            return copies[node]
+        if node.op == "get_attr":
+            copies[node] = graph.get_attr(str(node.target))
+            return copies[node]
+        value = values[node]
+        if not isinstance(value, Tensor):
+            return value
+        raise AssertionError(f"{node} is neither inside nor an input")
+
+    external = [a for n in run for a in n.all_input_nodes if a not in inside]
+    for node in dict.fromkeys(external):
+        if node.op != "get_attr" and isinstance(values[node], Tensor):
+            copies[node] = graph.placeholder(f"x{len(inputs)}")
+            inputs.append(values[node])
+    for node in run:
+        if not isinstance(values[node], Tensor | list | tuple):
+            copies[node] = values[node]
+            continue
+        copies[node] = graph.node_copy(node, outside)
+    used = [n for n in run if isinstance(values[n], Tensor) and any(u not in inside for u in n.users)]
+    if not used or not inputs:
+        return None
+    graph.output(tuple(copies[n] for n in used))
+    return fx.GraphModule(root, graph), inputs
+
+
+# ---------------------------------------------------------------------- the clock and its cache
+def cache_folder() -> Path:
+    """Return where measured times are kept: $XDG_CACHE_HOME/fxprune/latency, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fxprune" / "latency"
+
+
+class Clock:
+    """Times modules beside a fixed reference workload; times are multiples of the reference's, kept on disk."""
+
+    def __init__(self, backend: Backend, threads: int) -> None:
+        self.backend, self.threads = backend, threads
+        self.file = cache_folder() / f"{backend.name}-{_digest(_machine(threads))}.json"
+        self.known: dict[str, float] = {}
+        if self.file.exists():
+            try:
+                self.known = json.loads(self.file.read_text())
+            except ValueError:
+                self.known = {}
+        self._reference: Runner | None = None
+        self.unit = 0.0
+
+    def seconds(self, module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> float:
+        """Return the median time of a module on these inputs, in seconds of a quiet reference."""
+        key = _digest([self.backend.name, *_describe(module, inputs)])
+        if key not in self.known:
+            runner = self.backend.build(module, tuple(inputs), kwargs, threads=self.threads, batch_dynamic=False)
+            self.known[key] = self.ratio(lambda: runner.run(*inputs, **(kwargs or {})))
+        return self.known[key]
+
+    def ratio(self, run: Callable[[], object]) -> float:
+        """Return how many times the reference's time a call takes."""
+        if self._reference is None:
+            layer = nn.Linear(512, 512)
+            self._inputs = (torch.ones(64, 512),)
+            self._reference = self.backend.build(layer, self._inputs, threads=self.threads, batch_dynamic=False)
+        reference = self._reference
+        timed = compare(
+            {"reference": lambda: reference.run(*self._inputs), "part": run},
+            reference="reference",
+            repeats=REPEATS,
+            warmup=2,
+            min_time=0.002,
+        )
+        return 1 / timed.ratio("part").median
+
+    def save(self) -> None:
+        """Write the times to disk."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(self.known))
+        temporary.replace(self.file)
+
+
+def _machine(threads: int) -> list[Any]:
+    from importlib import metadata
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return [device, threads, torch.__version__, version("onnxruntime"), version("tensorrt")]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
+
+
+def _describe(module: nn.Module, inputs: Sequence[Any]) -> list[str]:
+    """All that the time of a part depends on: its operators, layers, shapes, types and literals."""
+    lines = [f"{tuple(x.shape)} {x.dtype} {x.stride()}" if isinstance(x, Tensor) else repr(x) for x in inputs]
+    if not isinstance(module, fx.GraphModule):
+        return [*lines, repr(module)]
+    numbers = {n: i for i, n in enumerate(module.graph.nodes)}
+    for node in module.graph.nodes:
+        what = str(node.target)
+        if node.op == "call_module":
+            what = repr(module.get_submodule(what))
+        elif node.op == "get_attr":
+            tensor = getattr(module, what) if "." not in what else module.get_parameter(what)
+            what = f"{tuple(tensor.shape)} {tensor.dtype}"
+        elif node.op == "placeholder":
+            what = ""
+        arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{numbers[n]}")
+        lines.append(f"{node.op} {what} {arguments}")
+    return lines
+
+
+def _digest(lines: Sequence[Any]) -> str:
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()[:24]

@@ -1,0 +1,154 @@
+"""Meeting a target on the clock: build, measure, correct, until the whole model is as fast as was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.backends.base import Backend, Runner
+from fxprune.backends.timing import Comparison, compare
+from fxprune.errors import TargetError
+from fxprune.groups import Group
+from fxprune.kept import Kept
+from fxprune.passes.choose import Chooser, step
+from fxprune.passes.latency import LatencyCosts, tables
+from fxprune.report import CLOCK_TOLERANCE, Attempt, Clocked
+from fxprune.rewrite import rewrite
+
+#: The whole model is built so many times at most.
+BUILDS = 3
+#: Aimed at a little more than was asked for, so that noise does not end below it.
+_AHEAD = 1.01
+
+
+@dataclass(slots=True)
+class _Loop:
+    chooser: Chooser
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    backend: Backend
+    threads: int
+    dynamic: bool
+    dense: Runner
+
+    def build(self, kept: Kept) -> Runner:
+        module = rewrite(self.chooser.analysis, kept, self.model).module.eval()
+        return self.backend.build(module, self.args, self.kwargs, threads=self.threads, batch_dynamic=self.dynamic)
+
+    def measure(self, kept: Kept, predicted: float) -> Attempt:
+        runner = self.build(kept)
+        ratio = self._compare(runner).ratio("pruned")
+        return Attempt(predicted, ratio.median, (ratio.low, ratio.high))
+
+    def _compare(self, runner: Runner) -> Comparison:
+        return compare(
+            {
+                "dense": lambda: self.dense.run(*self.args, **self.kwargs),
+                "pruned": lambda: runner.run(*self.args, **self.kwargs),
+            },
+            reference="dense",
+            repeats=31,
+            min_time=0.02,
+        )
+
+
+def meet(
+    chooser: Chooser,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: Backend,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> tuple[Kept, Clocked]:
+    """Choose what stays so that the measured speed-up is what the recipe asks for, in at most three builds.
+
+    Raises:
+        TargetError: even with every group at its floor the model is not fast enough; the text has the fastest measured.
+        BackendError: the backend is missing or cannot build the model.
+    """
+    recipe, analysis = chooser.recipe, chooser.analysis
+    threads = recipe.threads or torch.get_num_threads()
+    dynamic = any(s.name == "batch" for s in analysis.captured.symbols)
+    progress("build the dense model")
+    dense = backend.build(model, args, kwargs, threads=threads, batch_dynamic=dynamic)
+    loop = _Loop(chooser, model, args, kwargs, backend, threads, dynamic, dense)
+    goal = recipe.target.speedup
+    if goal is None:
+        assert recipe.target.latency_ms is not None
+        timed = loop._compare(dense).latencies["dense"]
+        goal = timed.median * 1e3 / recipe.target.latency_ms
+        if goal <= 1:
+            return Kept({}), Clocked(goal, backend.name, threads)
+    progress("measure its parts")
+    costs = tables(
+        analysis,
+        model,
+        chooser.eligible,
+        backend,
+        lambda group: step(group, chooser.multiple),
+        threads=threads,
+        whole=lambda clock: clock.ratio(lambda: dense.run(*args, **kwargs)),
+    )
+    chooser.costs = costs
+    result = Clocked(goal, backend.name, threads, residual=costs.residual)
+    return _attempt(loop, costs, result, progress), result
+
+
+def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callable[[str], None]) -> Kept:
+    aim = result.requested * _AHEAD
+    share = 1 / aim
+    selections: list[Kept] = []
+    for number in range(BUILDS):
+        try:
+            kept = loop.chooser.kept("latency", share)
+        except TargetError as error:
+            if selections:
+                break
+            kept = _floor(loop)
+            fastest = loop.measure(kept, _predicted(costs, kept))
+            if fastest.measured < result.requested:
+                raise TargetError(
+                    f"a speed-up of {result.requested:.2f} cannot be reached: with every group at its floor the model "
+                    f"is {fastest.measured:.2f} x as fast as the dense one on {result.backend} (measured). {error}"
+                ) from None
+            share = _predicted_share(costs, kept) * 1.02
+        progress(f"build and measure ({number + 1})")
+        predicted = _predicted(costs, kept)
+        result.attempts.append(loop.measure(kept, predicted))
+        selections.append(kept)
+        measured = result.attempts[-1].measured
+        if abs(measured / aim - 1) <= CLOCK_TOLERANCE - (_AHEAD - 1):
+            break
+        # What the tables call this share is, on the clock, so much: the next share is corrected by it.
+        share = min(max(share * measured / aim, share * 0.5), share * 1.6, 1.0)
+    misses = [abs(a.measured / aim - 1) for a in result.attempts]
+    result.taken = misses.index(min(misses))
+    return selections[result.taken]
+
+
+def _counts(kept: Kept) -> dict[Any, int]:
+    return {axis: len(indices) for axis, indices in kept.items()}
+
+
+def _predicted_share(costs: LatencyCosts, kept: Kept) -> float:
+    return costs.latency(_counts(kept)) / costs.latency({})
+
+
+def _predicted(costs: LatencyCosts, kept: Kept) -> float:
+    return 1 / _predicted_share(costs, kept)
+
+
+def _floor(loop: _Loop) -> Kept:
+    from fxprune.passes.allocate.ladder import widths
+
+    budget = loop.chooser.budget("latency", 1.0)
+
+    def least(group: Group) -> int:
+        return widths([group], budget)[0]
+
+    return loop.chooser.best({g.name: least(g) for g in loop.chooser.eligible})

@@ -1,0 +1,138 @@
+"""What the model's output loses at given widths: the pruned model is put together and run on a few calibration samples.
+
+Every layer that reads a cut group gets the weights that fit the dense layer's results best on the dense model's inputs
+(a closed form in second moments that were gathered once; solutions are kept, because searches come back to the same
+widths). Compare "stitched" models in Frantar and Alistarh, "SPDY" (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.analyse import Analysis
+from fxprune.kept import Kept
+from fxprune.passes.calibration import Calibration
+from fxprune.passes.consumers import Contraction
+from fxprune.passes.gather import portions
+from fxprune.passes.obs import refit
+from fxprune.passes.statistics import Statistics
+from fxprune.prove import Reference, dense_weights
+from fxprune.rewrite import Rewritten, rewrite
+
+#: So many samples are looked at.
+SAMPLES = 64
+
+
+def first_samples(data: Calibration, count: int = SAMPLES) -> Calibration:
+    """Return the first batches with at least so many samples, or all."""
+    batches, seen = [], 0
+    for batch in data.batches:
+        if seen >= count:
+            break
+        batches.append(batch)
+        seen += batch.size
+    return Calibration(batches, data.loss, data.random)
+
+
+@dataclass
+class Trial:
+    """Called with what is kept, returns the squared error of the outputs relative to their variance."""
+
+    analysis: Analysis
+    model: nn.Module
+    data: Calibration
+    max_memory: float
+    _dense: list[list[Any]] = field(default_factory=list)
+    _solved: dict[tuple[str, bytes], Tensor] = field(default_factory=dict)
+    _known: dict[bytes, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.statistics = Statistics(self.analysis, 0, first_samples(self.data), self.max_memory)
+        assert self.statistics.data is not None
+        self.batches = list(portions(self.statistics, self.statistics.data))
+        reference = Reference(self.analysis, Kept({}), dense_weights(self.analysis.captured), None)
+        with torch.no_grad():
+            self._dense = [reference.run(b.inputs) for b in self.batches]
+        self.moments = self._moments()
+
+    def _moments(self) -> dict[Contraction, Tensor]:
+        """Second moments of as many contractions as fit into the memory, in the order of the graph."""
+        from fxprune.passes import gather
+
+        chosen, total = [], 0.0
+        for c in self.statistics.contractions:
+            total += self.statistics.moment_bytes(c)
+            if total <= self.max_memory:
+                chosen.append(c)
+        whole = Statistics(self.analysis, 0, self.data, self.max_memory)
+        return gather.collect(whole, self.data, chosen, [], {"moments"}).moments
+
+    def __call__(self, kept: Kept) -> float:
+        """Return the error of the pruned model; infinity where it gives something that is not finite."""
+        key = b"".join(ix.tobytes() + b"|" for _, ix in kept.items())
+        if key not in self._known:
+            self._known[key] = self._error(kept)
+        return self._known[key]
+
+    def _error(self, kept: Kept) -> float:
+        rewritten = rewrite(self.analysis, kept, self.model)
+        self._stitch(kept, rewritten)
+        interpreter = fx.Interpreter(rewritten.module.eval())
+        wrong = spread = 0.0
+        with torch.no_grad():
+            for batch, dense in zip(self.batches, self._dense, strict=True):
+                outputs = interpreter.run(*batch.inputs, enable_io_processing=False)
+                for a, b in zip(dense, outputs, strict=True):
+                    if isinstance(a, Tensor) and a.is_floating_point():
+                        a, b = a.double(), b.double()
+                        wrong += float((a - b).square().sum())
+                        spread += float((a - a.mean(0, keepdim=True)).square().sum())
+        return wrong / spread if spread > 0 and wrong == wrong else float("inf")
+
+    def _stitch(self, kept: Kept, rewritten: Rewritten) -> None:
+        names = {dense: small for small, dense in rewritten.names.items()}
+        for c, moment in self.moments.items():
+            into = self.analysis.dims[c.operand][c.channel]
+            name = names.get(c.weight)
+            if not kept.cut(into) or name is None or c.node not in rewritten.nodes or c.groups != 1:
+                continue
+            weight = self._fitted(c, moment, kept)
+            out = self.analysis.dims[c.node][c.channel]
+            rows = torch.from_numpy(kept.index(out)) if kept.cut(out) else slice(None)
+            parameter = rewritten.module.get_parameter(name)
+            has_bias = c.bias is not None and c.bias in names
+            matrix = weight[rows]
+            columns = matrix[:, :-1] if c.bias is not None else matrix
+            parameter.data = c.tensor(columns.unsqueeze(0), parameter.shape).to(parameter.dtype).contiguous()
+            if has_bias:
+                bias = rewritten.module.get_parameter(names[str(c.bias)])
+                bias.data = matrix[:, -1].to(bias.dtype).contiguous()
+
+    def _fitted(self, c: Contraction, moment: Tensor, kept: Kept) -> Tensor:
+        """The weights on the kept inputs that give the dense results best, (out, kept inputs and bias)."""
+        into = self.analysis.dims[c.operand][c.channel]
+        kernel = self.statistics.kernel(c)
+        index = kept.index(into)
+        key = (c.weight, index.tobytes())
+        if key not in self._solved:
+            each = 1
+            for k in kernel:
+                each *= k
+            columns = (torch.from_numpy(index)[:, None] * each + torch.arange(each)).reshape(-1)
+            weight = c.matrix(self.statistics.weight(c.weight))[0].double()
+            if c.bias is not None:
+                weight = torch.cat([weight, self.statistics.weight(c.bias).double().unsqueeze(1)], 1)
+                columns = torch.cat([columns, torch.tensor([weight.shape[1] - 1])])
+            h = moment[0]
+            self._solved[key] = refit(weight[:, columns], h[columns][:, columns], weight @ h[:, columns])
+        return self._solved[key]
+
+
+def trial(analysis: Analysis, model: nn.Module, data: Calibration, max_memory: float) -> Callable[[Kept], float]:
+    """Return the function that says what the outputs lose."""
+    return Trial(analysis, model, data, max_memory)
