@@ -295,7 +295,7 @@ def dry_run(
 #: Trials for a target max_drop.
 _BISECTIONS = 6
 #: Keys of a recipe that a plan leaves open.
-_AFTER_CHOOSING = {"backend", "keep_class", "proof", "seed", "reconstruction"}
+_AFTER_CHOOSING = {"backend", "keep_class", "max_memory", "proof", "reconstruction", "seed", "threads"}
 
 
 def settings_of(plan: Plan, overrides: Mapping[str, Any]) -> Recipe:

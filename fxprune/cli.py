@@ -37,7 +37,7 @@ from fxprune.backends.timing import LEAST_REPEATS
 from fxprune.doctor import backend_states, diagnose, first_line
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.explain import Coupling, Explainer, Explanation, FrozenInfo, GroupInfo, OperatorInfo, Step
-from fxprune.passes.registries import name_of
+from fxprune.passes.choose import functions
 from fxprune.plan import Plan
 from fxprune.recipe import Kind, Recipe, Target, read_recipe
 from fxprune.saved import PLAN, load_pruned
@@ -204,7 +204,11 @@ Ratios = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=SHARE", help="Share of its units that a group keeps: fc1=0.5, or kind:ffn=0.3-0.8."),
 ]
-_TARGETS = [f"{name}=SHARE" if f.annotation is not bool else name for name, f in Target.model_fields.items()]
+_SHARES = ("macs", "params", "memory")
+_TARGETS = [
+    name if f.annotation is bool else f"{name}={'SHARE' if name in _SHARES else 'NUMBER'}"
+    for name, f in Target.model_fields.items()
+]
 
 
 def parse_target(text: str) -> dict[str, Any]:
@@ -263,7 +267,7 @@ def compile(
     target: Annotated[
         str | None,
         typer.Option(
-            metavar="TARGET", help=f"{', '.join(_TARGETS)}: the share to keep. Needed unless the recipe has it."
+            metavar="TARGET", help=f"{', '.join(_TARGETS)}: what to keep or reach. Needed unless the recipe has it."
         ),
     ] = None,
     recipe: Annotated[
@@ -286,6 +290,12 @@ def compile(
     ] = None,
     backend: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the model will run on: `fxprune backends`.")
+    ] = None,
+    reconstruction: Annotated[
+        str | None, typer.Option(metavar="NAME", help="none, bias or least_squares; the latter two take data.")
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(metavar="BYTES", help="What calibration statistics may take at a time.")
     ] = None,
     keep_class: Annotated[
         bool, typer.Option("--keep-class", help="Cut only what the model's own class can express.")
@@ -318,6 +328,9 @@ def compile(
         "ratios": parse_ratios(ratios) if ratios else None,
         "floor": floor,
         "backend": backend,
+        "threads": threads,
+        "reconstruction": reconstruction,
+        "max_memory": max_memory,
         "keep_class": keep_class or None,
         "proof": proof,
         "seed": seed,
@@ -410,9 +423,7 @@ def show_plan(plan: Plan) -> list[RenderableType]:
 
 def _check_before(settings: Recipe, out: Path, onnx: Path | None, overwrite: bool, measure: bool) -> None:
     """Refuse at once what would otherwise fail after minutes of work."""
-    passes.load()
-    passes.CRITERIA[name_of(settings.criterion, "criterion")]
-    passes.ALLOCATORS[name_of(settings.allocation, "allocation")]
+    functions(settings)
     reason = BACKENDS[settings.backend].available()
     if measure and reason is not None:
         raise BackendError(
@@ -691,18 +702,18 @@ def criteria(as_json: Json = False) -> Answer:
     )
 
 
-@command
-def backends(as_json: Json = False) -> Answer:
-    """List the backends, and why those that cannot be used here cannot."""
-    states = backend_states()
-    return Answer({"backends": [asdict(s) for s in states]}, [_backends()])
-
-
 def _names(kind: str, docs: Mapping[str, str]) -> Table:
     rows = table(kind, "what it does")
     for name, doc in docs.items():
         rows.add_row(name, Text(doc))
     return rows
+
+
+@command
+def backends(as_json: Json = False) -> Answer:
+    """List the backends, and why those that cannot be used here cannot."""
+    states = backend_states()
+    return Answer({"backends": [asdict(s) for s in states]}, [_backends()])
 
 
 def _backends() -> Table:

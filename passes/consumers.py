@@ -244,12 +244,12 @@ def _summed(analysis: Analysis, c: Contraction) -> Dim:
     """The dimension of a contraction's weight that it sums over: a depthwise convolution has none."""
     dims = analysis.tensors[c.weight]
     if c.kind == "transposed":  # channels of all its groups, one behind the other
-        return dims[0] if c.groups == 1 else Fixed(1) if c.groups == c.node.args[0].meta["shape"][c.channel] else dims[0]
+        return Fixed(1) if 1 < c.groups == c.operand.meta["shape"][c.channel] else dims[0]
     return dims[0 if c.kind == "product" else 1]
 
 
 def matched(analysis: Analysis, group: Group) -> list[tuple[fx.Node, tuple[fx.Node, int], tuple[fx.Node, int]]]:
-    """Return (product, first, second), each an (activation, dimension), where the group is summed over: queries, keys."""
+    """Return (product, first, second) where a group is summed over; both are an (activation, dimension), as queries."""
     found = []
     for node, _ in analysis.macs:
         pair = _pair(node)

@@ -77,7 +77,7 @@ class Statistics:
 
     def matched(self, group: Group) -> list[tuple[tuple[fx.Node, int], tuple[fx.Node, int]]]:
         """Return the pairs of (activation, dimension) whose product sums over a group, as queries and keys do."""
-        return matched(self.analysis, group)
+        return [(first, second) for _, first, second in matched(self.analysis, group)]
 
     def units(self, group: Group, contraction: Contraction) -> Units:
         """Return which unit of a group each input of a contraction's matrices belongs to, or -1: (groups, in)."""

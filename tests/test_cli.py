@@ -188,7 +188,7 @@ def test_compile_answers_in_json_and_its_commands_work(folder: Path) -> None:
         *("--keep", "first", "--groups", "hidden", "--backend", "torch"),
     )
     recipe = data["report"]["recipe"]
-    assert recipe["target"] == {"macs": None, "params": 0.6, "dead": False}
+    assert recipe["target"] == Target(params=0.6).model_dump()
     assert (recipe["criterion"], recipe["allocation"], recipe["round_to"]) == ("random", "global", 4)
     assert (recipe["floor"], recipe["proof"], recipe["seed"], recipe["backend"]) == (0.1, "quick", 3, "torch")
     assert (recipe["keep"], recipe["groups"]) == (["first"], ["hidden"])
@@ -208,7 +208,7 @@ def test_options_override_the_recipe(folder: Path) -> None:
     recipe = run_json(*common)["report"]["recipe"]
     assert (recipe["target"]["macs"], recipe["seed"], recipe["round_to"], recipe["keep"]) == (0.9, 7, 2, ["first"])
     recipe = run_json(*common, "--target", "params=0.8", "--seed", "1", "--keep", "head")["report"]["recipe"]
-    assert recipe["target"] == {"macs": None, "params": 0.8, "dead": False}
+    assert recipe["target"] == Target(params=0.8).model_dump()
     assert (recipe["seed"], recipe["round_to"], recipe["keep"]) == (1, 2, ["head"])
 
 
@@ -323,7 +323,7 @@ def test_doctor_says_which_package_is_at_fault(folder: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
-        (2, "there is no target; pass --target with one of macs=SHARE, params=SHARE, dead", ()),
+        (2, "there is no target; pass --target with one of macs=SHARE, params=SHARE, memory=SHARE, speedup=NUMBER", ()),
         (2, "recipe: there is no key 'target.mac'; did you mean 'macs'?", ("--target", "mac=0.5")),
         (2, "recipe: target.macs: Input should be less than or equal to 1", ("--target", "macs=1.5")),
         (
