@@ -34,10 +34,11 @@ from fxprune.api import compile as compile_model
 from fxprune.api import dry_run as dry_run_model
 from fxprune.backends import BACKENDS
 from fxprune.backends.timing import LEAST_REPEATS
-from fxprune.doctor import backend_states, diagnose, first_line
+from fxprune.doctor import backend_states, diagnose, first_line, first_sentence
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.explain import Coupling, Explainer, Explanation, FrozenInfo, GroupInfo, OperatorInfo, Step
 from fxprune.passes.choose import functions
+from fxprune.passes.statistics import NEEDS
 from fxprune.plan import Plan
 from fxprune.recipe import Kind, Recipe, Target, read_recipe
 from fxprune.saved import PLAN, load_pruned
@@ -695,18 +696,16 @@ def _mismatch(source: Source, pruned: Pruned, against: str) -> Iterator[str]:
 def criteria(as_json: Json = False) -> Answer:
     """List the criteria and allocations that a recipe can name."""
     passes.load()
-    scores = {n: first_line(passes.CRITERIA[n].score.__doc__) for n in passes.CRITERIA}
-    spread = {n: first_line(passes.ALLOCATORS[n].__doc__) for n in passes.ALLOCATORS}
-    return Answer(
-        {"criteria": scores, "allocations": spread}, [_names("criterion", scores), _names("allocation", spread)]
-    )
-
-
-def _names(kind: str, docs: Mapping[str, str]) -> Table:
-    rows = table(kind, "what it does")
-    for name, doc in docs.items():
-        rows.add_row(name, Text(doc))
-    return rows
+    scores = {n: first_sentence(passes.CRITERIA[n].score.__doc__) for n in passes.CRITERIA}
+    needs = {n: sorted(passes.CRITERIA[n].needs) for n in passes.CRITERIA}
+    spread = {n: first_sentence(passes.ALLOCATORS[n].__doc__) for n in passes.ALLOCATORS}
+    rows = table("criterion", "what a unit is worth", "what that takes")
+    for name, about in scores.items():
+        rows.add_row(name, Text(about), Text("; ".join(NEEDS[n] for n in needs[name]) or "no data"))
+    more = table("allocation", "how many units each group keeps")
+    for name, about in spread.items():
+        more.add_row(name, Text(about))
+    return Answer({"criteria": scores, "needs": needs, "allocations": spread}, [rows, more])
 
 
 @command

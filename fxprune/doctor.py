@@ -106,6 +106,16 @@ def first_line(doc: str | None) -> str:
     return (doc or "").strip().partition("\n")[0].rstrip(".")
 
 
+def first_sentence(doc: str | None) -> str:
+    r"""Return the first sentence of a docstring, on one line and without its full stop.
+
+    >>> first_sentence("Two lines of\n    text. Another sentence.")
+    'Two lines of text'
+    """
+    paragraph = " ".join((doc or "").strip().partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".")
+
+
 def _package(name: str, needed_by: str) -> Package:
     try:
         version = importlib.metadata.version(name)

@@ -26,4 +26,21 @@ def load() -> None:
         uniform,
         width,
     )
-    from fxprune.passes.criteria import magnitude, obs, random  # noqa: F401
+    from fxprune.passes.criteria import (  # noqa: F401
+        activation,
+        apoz,
+        bn_scale,
+        fastformers,
+        fisher,
+        flap,
+        fpgm,
+        lamp,
+        magnitude,
+        obd,
+        obs,
+        random,
+        regression,
+        snip,
+        taylor,
+        wanda,
+    )

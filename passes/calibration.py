@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.capture import Captured
-from fxprune.errors import InputError
+from fxprune.errors import InputError, NonFiniteError
 from fxprune.proof_inputs import random_inputs
 
 #: (the model's output, the batch's labels) -> a scalar. Without labels it may take the output alone.
@@ -91,12 +91,20 @@ class _Layout:
                 a == b or (name, i) in dynamic for i, (a, b) in enumerate(zip(leaf.shape, example.shape, strict=True))
             )
             if not fits:
+                may = ", ".join(str(d) for n, d in sorted(dynamic) if n == name)
                 raise InputError(
                     f"calibration: '{name}' has the shape {tuple(leaf.shape)}, the example {tuple(example.shape)}; "
-                    f"only {sorted(d for n, d in dynamic if n == name) or 'no'} dimensions may differ"
+                    + (f"only dimension {may} may differ" if may else "no dimension may differ")
                 )
+            if not leaf.numel():
+                raise InputError(f"calibration: '{name}' is empty, of the shape {tuple(leaf.shape)}")
             if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise InputError(f"calibration: '{name}' holds NaN or infinite values")
+        for symbol in self.captured.symbols:
+            sizes = {f"'{n}'": int(leaves[self.places.index(n)].shape[d]) for n, d in symbol.places}
+            if len(set(sizes.values())) > 1:
+                said = ", ".join(f"{n}: {size}" for n, size in sizes.items())
+                raise InputError(f"calibration: the {symbol.name} sizes of one batch differ: {said}")
         leaves = [
             x.to(dtype=e.dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != e.dtype else x
             for x, e in zip(leaves, self.captured.inputs, strict=True)
@@ -172,7 +180,8 @@ def _random(captured: Captured, samples: int, seed: int) -> list[Batch]:
 def _arguments(loss: Loss) -> int:
     """How many arguments a loss must be given."""
     try:
-        parameters = inspect.signature(loss).parameters.values()
+        called = loss.forward if isinstance(loss, nn.Module) else loss
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):
         return 2
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -182,13 +191,20 @@ def apply_loss(loss: Loss, output: Any, labels: Any) -> Tensor:
     """Call a user's loss.
 
     Raises:
-        InputError: what it gives is no scalar that depends on the output.
+        InputError: it fails, or what it gives is no scalar that depends on the output.
+        NonFiniteError: it is NaN or infinite.
     """
-    value = loss(output) if labels is None else loss(output, labels)
+    try:
+        value = loss(output) if labels is None else loss(output, labels)
+    except Exception as error:
+        told = f"{_outline(output)} and labels {_outline(labels)}"
+        raise InputError(f"the loss fails on an output {told}: {type(error).__name__}: {error}") from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(f"the loss gives {_outline(value)}, not a scalar tensor")
     if not value.requires_grad:
         raise InputError("the loss does not depend on the model's output, so that it has no gradient")
+    if not bool(torch.isfinite(value.detach())):
+        raise NonFiniteError(f"calibration: the loss is {float(value.detach())}")
     return value.reshape(())
 
 
@@ -197,6 +213,8 @@ def _outline(value: Any) -> str:
         return f"a tensor {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {_outline(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple) and len(value) > 8:
+        return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, list | tuple):
         return "(" + ", ".join(map(_outline, value)) + ")"
     return type(value).__name__

@@ -166,9 +166,8 @@ def functions(recipe: Recipe, data: bool = False) -> tuple[Criterion, Allocator]
     best = dict(zip(chosen, ("obs", "knapsack") if data else ("magnitude", "uniform"), strict=True))
     named = {kind: best[kind] if setting == "auto" else setting for kind, setting in chosen.items()}
     criterion, allocation = name_of(named["criterion"], "criterion"), name_of(named["allocation"], "allocation")
-    scoring = with_options(CRITERIA[criterion].score, named["criterion"], "criterion")
     return (
-        Criterion(scoring, CRITERIA[criterion].needs),
+        CRITERIA[criterion].bound(named["criterion"]),
         with_options(ALLOCATORS[allocation], named["allocation"], "allocation"),
     )
 

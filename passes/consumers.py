@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxprune.analyse import Analysis
-from fxprune.axes import Axis, Dim, Fixed, atoms
+from fxprune.axes import Axis, Dim, atoms
 from fxprune.groups import Group, positions
 from fxprune.rules.core import bind
 
@@ -237,21 +237,25 @@ def reads(analysis: Analysis, group: Group, of: Sequence[Contraction]) -> list[R
 
 def consumers(analysis: Analysis, group: Group, of: Sequence[Contraction]) -> list[Contraction]:
     """Return the contractions that sum over a group's units, so that its removal changes what they give."""
-    return [c for c in of if group.axis in set(atoms(_summed(analysis, c)))]
+    return [c for c in of if _sums(analysis, c, group.axis)]
 
 
-def _summed(analysis: Analysis, c: Contraction) -> Dim:
-    """The dimension of a contraction's weight that it sums over: a depthwise convolution has none."""
+def _sums(analysis: Analysis, c: Contraction, axis: Axis) -> bool:
+    """Whether a contraction sums over an axis; a convolution does not over its own groups."""
     dims = analysis.tensors[c.weight]
-    if c.kind == "transposed":  # channels of all its groups, one behind the other
-        return Fixed(1) if 1 < c.groups == c.operand.meta["shape"][c.channel] else dims[0]
-    return dims[0 if c.kind == "product" else 1]
+    if c.kind != "transposed":
+        return axis in set(atoms(dims[0 if c.kind == "product" else 1]))
+    groups = set(atoms(analysis.dims[c.node][c.channel])) if c.groups > 1 else set()
+    return axis in set(atoms(dims[0])) - groups
 
 
 def matched(analysis: Analysis, group: Group) -> list[tuple[fx.Node, tuple[fx.Node, int], tuple[fx.Node, int]]]:
-    """Return (product, first, second) where a group is summed over; both are an (activation, dimension), as queries."""
+    """Return (product, first, second) where two activations are multiplied and summed over the group: queries, keys.
+
+    First and second are (activation, dimension).
+    """
     found = []
-    for node, _ in analysis.macs:
+    for node in dict.fromkeys(node for node, _ in analysis.macs):
         pair = _pair(node)
         if pair is None or group.axis in _axes(analysis.dims[node]):
             continue

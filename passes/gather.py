@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.errors import NonFiniteError
-from fxprune.groups import describe
+from fxprune.groups import Group, describe, positions
 from fxprune.passes.calibration import Batch, Calibration
-from fxprune.passes.consumers import Contraction
-from fxprune.passes.observe import Observer, objective, observe
+from fxprune.passes.consumers import Contraction, Read
+from fxprune.passes.layout import Layout, layouts
+from fxprune.passes.observe import Observer, Use, objective, observe
 from fxprune.prove import dense_weights
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 #: An activation and one of its dimensions.
 Place = tuple[fx.Node, int]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -36,50 +38,67 @@ class Channels:
         positive: how many entries are above zero.
     """
 
-    count: int
-    total: npt.NDArray[np.float64]
-    square: npt.NDArray[np.float64]
-    absolute: npt.NDArray[np.float64]
-    positive: npt.NDArray[np.float64]
+    count: float
+    total: Floats
+    square: Floats
+    absolute: Floats
+    positive: Floats
 
     @property
-    def mean(self) -> npt.NDArray[np.float64]:
+    def mean(self) -> Floats:
         """E[x]."""
         return self.total / self.count
 
     @property
-    def variance(self) -> npt.NDArray[np.float64]:
+    def power(self) -> Floats:
+        """E[x^2]."""
+        return self.square / self.count
+
+    @property
+    def variance(self) -> Floats:
         """E[x^2] - E[x]^2."""
-        return np.maximum(self.square / self.count - self.mean**2, 0.0)
+        return np.maximum(self.power - self.mean**2, 0.0)
 
 
 @dataclass(slots=True)
 class Gathered:
-    """What one call of `collect` found; see the methods of `Statistics` that return it."""
+    """What one call of `collect` found; see the methods of `Statistics` that return it.
+
+    Attributes:
+        moments, slopes: by contraction.
+        channels: by activation and dimension.
+        gradients, squared: by parameter.
+        masks: by the name of a group.
+        known: numbers that follow from these, by name.
+    """
 
     moments: dict[Contraction, Tensor] = field(default_factory=dict)
     slopes: dict[Contraction, Tensor] = field(default_factory=dict)
     channels: dict[Place, Channels] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     squared: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[Place, npt.NDArray[np.float64]] = field(default_factory=dict)
+    masks: dict[str, Floats] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
 
 
 def collect(
     statistics: Statistics,
     data: Calibration,
     read: Sequence[Contraction],
-    pairs: Sequence[Place],
+    groups: Sequence[Group],
     needs: Collection[str],
 ) -> Gathered:
-    """Make one pass for activations, one for gradients, as far as they are needed."""
+    """Make the passes over the data that the needs take.
+
+    Args:
+        read: the contractions whose second moments are needed.
+        groups: whose activations and mask gradients are needed.
+    """
     found = Gathered()
-    rank = {c: len(statistics.analysis.dims[c.operand]) for c in read}
-    places = list(dict.fromkeys([(c.operand, c.channel % rank[c]) for c in read] + list(pairs)))
     if "activations" in needs:
-        found.channels = _channels(statistics, data, places)
+        found.channels = _channels(statistics, data, [r for g in groups for r in statistics.reads(g)])
     if set(needs) & {"moments", "gradients", "mask_gradients"}:
-        _sweep(statistics, data, read, places, needs, found)
+        _sweep(statistics, data, read if "moments" in needs else [], groups, needs, found)
     if "sample_gradients" in needs:
         found.squared = _squared(statistics, data)
     return found
@@ -90,39 +109,39 @@ def _sweep(
     statistics: Statistics,
     data: Calibration,
     read: Sequence[Contraction],
-    places: Sequence[Place],
+    groups: Sequence[Group],
     needs: Collection[str],
     found: Gathered,
 ) -> None:
     """Second moments, how much the objective depends on each result, and gradients, as far as they are needed."""
     names = _parameters(statistics) if "gradients" in needs else []
     gradients = {n: torch.zeros(statistics.weight(n).shape, dtype=torch.float64) for n in names}
-    masks: dict[Place, list[npt.NDArray[np.float64]]] = {p: [] for p in places if "mask_gradients" in needs}
-    moments = {c: _Moments() for c in read if "moments" in needs}
-    wanted = [n for c in moments for n in (c.operand, c.node)] + [node for node, _ in masks]
+    moments = {c: _Moments() for c in read}
+    masks, single = _masks(statistics, groups if "mask_gradients" in needs else [])
     relevant = statistics.contractions if moments and any(map(has_masks, data.batches)) else []
-    for number, batch in enumerate(portions(statistics, data)):
-        weights = _trainable(statistics, set(names))
-        values = backward(statistics, data, batch, number, [*wanted, *(c.node for c in relevant)], weights)
-        rows = {c: _reached(c, values[c.node]) for c in relevant}
-        for c, flags in rows.items():
-            statistics.relevant.setdefault(c.node, {})[number] = flags
-        for c, sums in moments.items():
-            sums.add(c, values[c.operand].detach(), slope_of(values[c.node]), statistics.kernel(c), rows.get(c))
-        for name in names:
-            gradient = weights(name).grad
-            if gradient is not None:
-                _finite(gradient, name)
-                gradients[name] += gradient.double()
-        for (node, dim), found_rows in masks.items():
-            found_rows.append(_mask_gradients(values[node], dim, batch, node.name))
-    samples = float(summed(torch.tensor(float(data.samples), dtype=torch.float64)))
+    nodes = list(dict.fromkeys(c.node for c in [*read, *relevant]))
+    if names or nodes or masks.groups:
+        for number, batch in enumerate(portions(statistics, data)):
+            weights = _trainable(statistics, set(names))
+            operands = [c.operand for c in read]
+            values = backward(statistics, data, batch, number, nodes, masks.uses, operands, weights)
+            rows = {c: _reached(c, values[c.node]) for c in relevant}
+            for c, flags in rows.items():
+                statistics.relevant.setdefault(c.node, {})[number] = flags
+            for c, sums in moments.items():
+                sums.add(c, values[c.operand].detach(), slope_of(values[c.node]), statistics.kernel(c), rows.get(c))
+            for name in names:
+                gradients[name] += _gradient(weights, name)
+            masks.add(values, batch)
+    for number, batch in enumerate(portions(statistics, data, 1) if single.groups else ()):
+        single.add(backward(statistics, data, batch, number, [], single.uses), batch)
+    samples = shared(data.samples)
     found.gradients = {n: summed(total) / samples for n, total in gradients.items()}
-    found.masks = {place: gathered(np.concatenate(rows)) for place, rows in masks.items() if rows}
+    found.masks = masks.result() | single.result()
     for c, sums in moments.items():
         found.moments[c], found.slopes[c] = sums.result(samples)
         if not all(bool(torch.isfinite(t).all()) for t in (found.moments[c], found.slopes[c])):
-            raise NonFiniteError(f"calibration: second moments at {describe(c.node)} hold NaN or infinite values")
+            raise NonFiniteError(f"calibration: what {describe(c.node)} reads holds NaN or infinite values")
 
 
 @dataclass(slots=True)
@@ -141,8 +160,8 @@ class _Moments:
             rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
         # Products of one batch in the model's precision (single at least), their sums in float64.
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        product = (rows.transpose(1, 2) @ rows).double()
-        squared = c.results(slope).double().square().sum(1)
+        product = (rows.transpose(1, 2) @ rows).double().cpu()
+        squared = c.results(slope).double().square().sum(1).cpu()
         self.product = product if self.product is None else self.product.add_(product)
         self.slope = squared if self.slope is None else self.slope.add_(squared)
         self.count += rows.shape[1]
@@ -150,8 +169,67 @@ class _Moments:
     def result(self, samples: float) -> tuple[Tensor, Tensor]:
         """E[x x^T] over the rows, and the squared slopes of a sample."""
         assert self.product is not None and self.slope is not None
-        count = float(summed(torch.tensor(self.count, dtype=torch.float64)))
-        return summed(self.product) / max(count, 1.0), summed(self.slope) / samples
+        return summed(self.product) / max(shared(self.count), 1.0), summed(self.slope) / samples
+
+
+@dataclass(slots=True)
+class _Masks:
+    """Gradients of a factor on each unit of some groups, where it is read, by sample.
+
+    Attributes:
+        groups: each with its reads.
+        layouts: where the samples are in what is read. Without them a batch is one row: the sum of its samples over the
+            root of their number, so that squares are those of one sample.
+        rows: by group, (samples, units) of each batch.
+    """
+
+    statistics: Statistics
+    groups: dict[Group, list[Read]]
+    layouts: Mapping[fx.Node, Layout]
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def uses(self) -> list[Use]:
+        """What has to be looked at."""
+        return list(dict.fromkeys((r.node, r.operand) for reads in self.groups.values() for r in reads))
+
+    def add(self, values: Mapping[fx.Node | Use, Tensor], batch: Batch) -> None:
+        """Add a batch."""
+        dims, known = self.statistics.analysis.dims, dict[tuple[Use, int], Tensor]()
+        for group, reads in self.groups.items():
+            total = torch.zeros(batch.size if self.layouts else 1, group.size, dtype=torch.float64)
+            for r in reads:
+                use = (r.node, r.operand)
+                if (use, r.dim) not in known:
+                    known[use, r.dim] = self._channels(values[use], r, batch.size)
+                for units in positions(dims[r.operand][r.dim], group.axis):
+                    inside = torch.from_numpy(np.flatnonzero(units >= 0))
+                    total.index_add_(1, torch.from_numpy(units)[inside], known[use, r.dim][:, inside])
+            self.rows.setdefault(group.name, []).append(total / (batch.size / len(total)) ** 0.5)
+
+    def _channels(self, value: Tensor, r: Read, samples: int) -> Tensor:
+        """The gradient of a factor on each index of the dimension, (samples, channels)."""
+        product = (value.detach() * slope_of(value)).double().cpu()
+        layout = self.layouts.get(r.operand)
+        if layout is None:
+            return product.movedim(r.dim, 0).flatten(1).sum(1).unsqueeze(0)
+        rest = [i for i in range(product.dim()) if i not in (layout.dim, r.dim)]
+        product = product.sum(rest) if rest else product
+        product = product if layout.dim < r.dim else product.t()
+        result = product.new_zeros(samples, product.shape[1])
+        return result.index_add_(0, layout.samples(len(product), samples), product)
+
+    def result(self) -> dict[str, Floats]:
+        """By group, (samples, units) of all batches of all processes."""
+        return {name: gathered(torch.cat(rows).numpy()) for name, rows in self.rows.items()}
+
+
+def _masks(statistics: Statistics, groups: Sequence[Group]) -> tuple[_Masks, _Masks]:
+    """Those that whole batches show, and those that take one sample at a time."""
+    reads = {g: statistics.reads(g) for g in groups}
+    found = layouts(statistics.analysis, (r.operand for rs in reads.values() for r in rs), statistics.seed)
+    plain = {g: rs for g, rs in reads.items() if all(r.operand in found for r in rs)}
+    return _Masks(statistics, plain, found), _Masks(statistics, {g: r for g, r in reads.items() if g not in plain}, {})
 
 
 def backward(
@@ -160,17 +238,27 @@ def backward(
     batch: Batch,
     number: int,
     nodes: Sequence[fx.Node],
+    uses: Sequence[Use] = (),
+    operands: Sequence[fx.Node] = (),
     weights: Callable[[str], Tensor] | None = None,
-) -> dict[fx.Node, Tensor]:
-    """Return the values of some nodes, with the objective's gradients in `grad` where there are any.
+) -> dict[fx.Node | Use, Tensor]:
+    """Return the values of some nodes and operands, with the objective's gradients in `grad` where there are any.
 
     Weights have no gradients unless they come with some: the first of the nodes on each path is where they end.
-    """
-    values: dict[fx.Node, Tensor] = {}
 
-    def keep(node: fx.Node) -> Callable[[Tensor], None]:
+    Args:
+        nodes: whose values are wanted with gradients, over all that reads them.
+        uses: operands with the gradient that comes back through one node alone.
+        operands: nodes whose values are wanted without.
+
+    Raises:
+        NonFiniteError: a value or a gradient is NaN or infinite.
+    """
+    values: dict[fx.Node | Use, Tensor] = {}
+
+    def keep(at: fx.Node | Use) -> Callable[[Tensor], None]:
         def look(value: Tensor) -> None:
-            values[node] = value
+            values[at] = value
             if value.requires_grad:
                 value.retain_grad()
             elif value.is_floating_point():
@@ -178,12 +266,19 @@ def backward(
 
         return look
 
+    def note(node: fx.Node) -> Callable[[Tensor], None]:
+        return lambda value: values.update({node: value})
+
     dense = weights or dense_weights(statistics.analysis.captured)
+    looks = {n: note(n) for n in operands} | {n: keep(n) for n in nodes}
     with torch.enable_grad():
-        outputs = Observer(statistics.analysis, {n: keep(n) for n in nodes}, dense).run(batch.inputs)
+        outputs = Observer(statistics.analysis, looks, dense, {u: keep(u) for u in uses}).run(batch.inputs)
         total = objective(statistics.analysis, data, batch, outputs, statistics.seed + number)
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
+    for at, value in values.items():
+        if value.is_leaf or value.retains_grad:
+            _finite(value.grad, describe(at[1] if isinstance(at, tuple) else at))
     return values
 
 
@@ -195,17 +290,6 @@ def slope_of(value: Tensor) -> Tensor:
 def _reached(c: Contraction, value: Tensor) -> Tensor:
     """True for the rows whose result reaches an output, False for padding."""
     return c.results(slope_of(value)).abs().amax((0, 2)) > 0
-
-
-def _mask_gradients(value: Tensor, dim: int, batch: Batch, name: str) -> npt.NDArray[np.float64]:
-    """The gradient of a factor on each index of a dimension, by sample where the first dimension is the batch."""
-    product = (value.detach() * slope_of(value)).double()
-    _finite(product, name)
-    batched = value.dim() > 1 and dim != 0 and value.shape[0] == batch.size
-    product = product if batched else product.unsqueeze(0)
-    product = product.movedim(dim + (not batched), 1)
-    rows: npt.NDArray[np.float64] = product.reshape(*product.shape[:2], -1).sum(2).numpy()
-    return rows
 
 
 def has_masks(batch: Batch) -> bool:
@@ -230,83 +314,11 @@ def relevance(statistics: Statistics, data: Calibration) -> dict[fx.Node, list[T
     return {node: [flags[i] for i in sorted(flags)] for node, flags in known.items()}
 
 
-def portions(statistics: Statistics, data: Calibration) -> Iterator[Batch]:
-    """The batches, cut into as few samples as a backward pass has memory for."""
-    each = statistics.activation_bytes
+def portions(statistics: Statistics, data: Calibration, most: int | None = None) -> Iterator[Batch]:
+    """The batches, cut into as few samples as a backward pass has memory for, or into at most so many."""
+    each = max(1, int(statistics.max_memory / max(statistics.activation_bytes, 1)))
     for batch in data.batches:
-        yield from _rows(statistics, batch, max(1, int(statistics.max_memory / max(each, 1))))
-
-
-def _trainable(statistics: Statistics, names: Collection[str]) -> Any:
-    """Dense weights, some of them leaves that gradients reach."""
-    dense = dense_weights(statistics.analysis.captured)
-    made: dict[str, Tensor] = {}
-
-    def value(name: str) -> Tensor:
-        if name not in names:
-            return dense(name)
-        if name not in made:
-            made[name] = dense(name).detach().requires_grad_()
-        return made[name]
-
-    return value
-
-
-def _channels(statistics: Statistics, data: Calibration, places: Sequence[Place]) -> dict[Place, Channels]:
-    sums: dict[Place, Tensor] = {}
-    counts: dict[Place, float] = {}
-
-    def look(node: fx.Node, dims: list[int]) -> Any:
-        def add(value: Tensor) -> None:
-            for dim in dims:
-                flat = value.detach().movedim(dim, 0).flatten(1).double()
-                new = torch.stack([flat.sum(1), flat.square().sum(1), flat.abs().sum(1), (flat > 0).double().sum(1)])
-                sums[node, dim] = sums[node, dim] + new if (node, dim) in sums else new
-                counts[node, dim] = counts.get((node, dim), 0) + flat.shape[1]
-
-        return add
-
-    by_node: dict[fx.Node, list[int]] = {}
-    for node, dim in places:
-        by_node.setdefault(node, []).append(dim)
-    observe(statistics.analysis, data.batches, {node: look(node, dims) for node, dims in by_node.items()})
-    result = {}
-    for place, total in sums.items():
-        rows = summed(total).numpy()
-        result[place] = Channels(int(summed(torch.tensor(counts[place], dtype=torch.float64))), *rows)
-    return result
-
-
-# ---------------------------------------------------------------------- gradients
-def _parameters(statistics: Statistics) -> list[str]:
-    tensors = statistics.analysis.captured.tensors
-    return [
-        n
-        for n in statistics.analysis.tensors
-        if isinstance(tensors[n], nn.Parameter) and tensors[n].is_floating_point()
-    ]
-
-
-def _squared(statistics: Statistics, data: Calibration) -> dict[str, Tensor]:
-    """The mean over samples of squared gradients: the model runs on one sample at a time."""
-    names = _parameters(statistics)
-    sums = {n: torch.zeros(statistics.weight(n).shape, dtype=torch.float64) for n in names}
-    number = 0
-    for batch in data.batches:
-        for row in _rows(statistics, batch, 1):
-            weights = _trainable(statistics, set(names))
-            with torch.enable_grad():
-                outputs = Observer(statistics.analysis, {}, weights).run(row.inputs)
-                loss = objective(statistics.analysis, data, row, outputs, statistics.seed + number)
-            loss.backward()  # type: ignore[no-untyped-call]
-            number += 1
-            for name in names:
-                gradient = weights(name).grad
-                if gradient is not None:
-                    _finite(gradient, name)
-                    sums[name] += gradient.double().square()
-    count = float(summed(torch.tensor(float(number), dtype=torch.float64)))
-    return {n: summed(total) / count for n, total in sums.items()}
+        yield from _rows(statistics, batch, most or each)
 
 
 def _rows(statistics: Statistics, batch: Batch, count: int) -> list[Batch]:
@@ -321,31 +333,125 @@ def _rows(statistics: Statistics, batch: Batch, count: int) -> list[Batch]:
         part = slice(start, start + count)
 
         def cut(value: Any) -> Any:
-            return value[part] if isinstance(value, Tensor) and value.dim() and len(value) == batch.size else value
+            return value[part] if _batched(value, batch.size) else value
 
         inputs = [x[part] if (n, 0) in places else x for n, x in zip(names, batch.inputs, strict=True)]
-        return Batch(inputs, pytree.tree_map(cut, batch.labels))
+        return Batch(inputs, pytree.tree_map(cut, batch.labels, is_leaf=lambda v: _batched(v, batch.size)))
 
     return [piece(start) for start in range(0, batch.size, count)]
 
 
-def _finite(value: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise NonFiniteError(f"calibration: the gradient at '{name}' holds NaN or infinite values")
+def _batched(labels: Any, samples: int) -> bool:
+    """Whether these are labels of each sample: a tensor, an array, or a list of numbers or names."""
+    if isinstance(labels, list):
+        return len(labels) == samples and all(isinstance(x, int | float | str) for x in labels)
+    return isinstance(labels, Tensor | np.ndarray) and labels.ndim > 0 and len(labels) == samples
 
 
-# ---------------------------------------------------------------------- several processes
-def summed(value: Tensor) -> Tensor:
-    """The sum over all processes of a distributed run; the value itself where there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
+def _channels(statistics: Statistics, data: Calibration, reads: Sequence[Read]) -> dict[Place, Channels]:
+    """Sums over what is read; rows of padding, of which no output knows, do not count where only linear layers read."""
+    readers: dict[fx.Node, dict[int, list[Contraction | None]]] = {}
+    for r in reads:
+        for node, dim in [(r.operand, r.dim)] + ([r.other] if r.other is not None else []):
+            readers.setdefault(node, {}).setdefault(dim, []).append(r.by)
+    known = relevance(statistics, data)
+    sums: dict[Place, Tensor] = {}
+    counts: dict[Place, float] = {}
+
+    def look(node: fx.Node, number: int) -> Callable[[Tensor], None]:
+        def add(value: Tensor) -> None:
+            for dim, by in readers[node].items():
+                flat = value.detach().movedim(dim, 0).flatten(1).double()
+                flags = [known[c.node][number] for c in by if c is not None and c.rank == 0 and c.node in known]
+                if len(flags) == len(by):
+                    flat = flat[:, torch.stack(flags).any(0)]
+                new = torch.stack([flat.sum(1), flat.square().sum(1), flat.abs().sum(1), (flat > 0).double().sum(1)])
+                sums[node, dim] = sums[node, dim] + new if (node, dim) in sums else new
+                counts[node, dim] = counts.get((node, dim), 0) + flat.shape[1]
+
+        return add
+
+    for number, batch in enumerate(portions(statistics, data)):
+        observe(statistics.analysis, [batch], {node: look(node, number) for node in readers})
+    return {
+        place: Channels(max(shared(counts[place]), 1.0), *summed(total).cpu().numpy()) for place, total in sums.items()
+    }
+
+
+# ---------------------------------------------------------------------- gradients of parameters
+def _parameters(statistics: Statistics) -> list[str]:
+    tensors = statistics.analysis.captured.tensors
+    return [
+        n
+        for n in statistics.analysis.tensors
+        if isinstance(tensors[n], nn.Parameter) and tensors[n].is_floating_point()
+    ]
+
+
+def _trainable(statistics: Statistics, names: Collection[str]) -> Callable[[str], Tensor]:
+    """Dense weights, some of them leaves that gradients reach; the model's own are left alone."""
+    dense = dense_weights(statistics.analysis.captured)
+    made: dict[str, Tensor] = {}
+
+    def value(name: str) -> Tensor:
+        if name not in names:
+            return dense(name)
+        if name not in made:
+            made[name] = dense(name).detach().requires_grad_()
+        return made[name]
+
     return value
 
 
-def gathered(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _gradient(weights: Callable[[str], Tensor], name: str) -> Tensor:
+    """The gradient that has reached a weight, float64."""
+    weight = weights(name)
+    _finite(weight.grad, f"'{name}'")
+    return slope_of(weight).double().cpu()
+
+
+def _squared(statistics: Statistics, data: Calibration) -> dict[str, Tensor]:
+    """The mean over samples of squared gradients: the model runs on one sample at a time, if its batch is dynamic."""
+    names = _parameters(statistics)
+    sums = {n: torch.zeros(statistics.weight(n).shape, dtype=torch.float64) for n in names}
+    for number, batch in enumerate(portions(statistics, data, 1)):
+        weights = _trainable(statistics, set(names))
+        backward(statistics, data, batch, number, [], weights=weights)
+        for name in names:
+            sums[name] += _gradient(weights, name).square()
+    samples = shared(data.samples)
+    return {n: summed(total) / samples for n, total in sums.items()}
+
+
+def _finite(gradient: Tensor | None, where: str) -> None:
+    if gradient is not None and not bool(torch.isfinite(gradient.sum(dtype=torch.float64))):
+        raise NonFiniteError(f"calibration: the gradient at {where} holds NaN or infinite values")
+
+
+# ---------------------------------------------------------------------- several processes
+def distributed() -> bool:
+    """Whether other processes feed data as well."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes of a distributed run; the value itself where there is one process."""
+    if distributed():
+        nccl = torch.distributed.get_backend() == "nccl"
+        total = value.to("cuda") if nccl else value.clone()
+        torch.distributed.all_reduce(total)
+        return total.to(value.device)
+    return value
+
+
+def shared(count: float) -> float:
+    """The sum of a number over all processes."""
+    return float(summed(torch.tensor(float(count), dtype=torch.float64)))
+
+
+def gathered(rows: Floats) -> Floats:
     """The rows of all processes, one below the other."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         parts: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, rows)
         return np.concatenate(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,25 @@ class Criterion:
 
     Attributes:
         score: (group, statistics, **options) -> scores of shape (units,), high ones stay.
-        needs: names of statistics beyond the weights; none of today's criteria needs any.
+        needs: names of statistics beyond the weights, of `fxprune.passes.statistics.NEEDS`.
+        needing: (**options) -> needs, where options decide them.
     """
 
     score: Callable[..., Scores]
     needs: frozenset[str] = frozenset()
+    needing: Callable[..., Iterable[str]] | None = None
+
+    def bound(self, setting: str | Mapping[str, Any]) -> Criterion:
+        """Return the criterion with the options of a recipe entry.
+
+        Raises:
+            RecipeError: it has no such option.
+        """
+        score = with_options(self.score, setting, "criterion")
+        if self.needing is None:
+            return Criterion(score, self.needs)
+        options = {} if isinstance(setting, str) else {k: v for k, v in setting.items() if k != "name"}
+        return Criterion(score, frozenset(self.needing(**options)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +83,13 @@ def needs_error(name: str, budget: Budget) -> Callable[[Mapping[str, int]], floa
     return budget.error
 
 
-def criterion(name: str, needs: tuple[str, ...] = ()) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+def criterion(
+    name: str, needs: Iterable[str] | Callable[..., Iterable[str]] = ()
+) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Register a scoring function as a criterion.
+
+    Args:
+        needs: names of statistics beyond the weights, or a function of the criterion's options that returns them.
 
     >>> import numpy as np
     >>> from fxprune.passes.registries import CRITERIA, criterion
@@ -82,7 +101,8 @@ def criterion(name: str, needs: tuple[str, ...] = ()) -> Callable[[Callable[...,
     """
 
     def decorate(score: Callable[..., Scores]) -> Callable[..., Scores]:
-        CRITERIA.add(name, Criterion(score, frozenset(needs)))
+        needing = needs if callable(needs) else None
+        CRITERIA.add(name, Criterion(score, frozenset(needs() if callable(needs) else needs), needing))
         return score
 
     return decorate

@@ -8,7 +8,7 @@ are added up over all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
-from fxprune.axes import atoms
+from fxprune.axes import Dim, atoms
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import Group, positions
 from fxprune.passes import gather
 from fxprune.passes.calibration import Batch, Calibration
-from fxprune.passes.consumers import Contraction, Units, consumers, contractions, matched
+from fxprune.passes.consumers import Contraction, Read, Units, consumers, contractions, reads
 from fxprune.passes.gather import Channels
 
 Scores = npt.NDArray[np.float64]
 
 #: What criteria can ask for, and what it is.
 NEEDS = {
-    "moments": "second moments of what each contraction reads",
-    "activations": "sums over the activations of each channel",
-    "gradients": "the loss's mean gradient of each parameter",
-    "sample_gradients": "the mean square of each parameter's gradient by sample",
-    "mask_gradients": "the gradient of a factor on each unit, by sample",
+    "moments": "data: second moments of what each contraction reads",
+    "activations": "data: sums over the activations of each channel",
+    "gradients": "data and a loss: its mean gradient of each parameter",
+    "sample_gradients": "data: the mean square of each parameter's gradient by sample",
+    "mask_gradients": "data: the gradient of a factor on each unit by sample",
 }
 #: Bytes that statistics may take at a time.
 MAX_MEMORY = 2 * 2**30
@@ -61,6 +61,7 @@ class Statistics:
         self.data = data
         self.max_memory = max_memory
         self._sums: dict[tuple[str, int, float], Scores] = {}
+        self._reads: dict[Group, list[Read]] = {}
         self._gathered = gather.Gathered()
         #: Which rows of each contraction reach an output (padding does not), by portion of the data.
         self.relevant: dict[fx.Node, dict[int, Tensor]] = {}
@@ -75,9 +76,11 @@ class Statistics:
         """Return the contractions that sum over a group's units."""
         return consumers(self.analysis, group, self.contractions)
 
-    def matched(self, group: Group) -> list[tuple[tuple[fx.Node, int], tuple[fx.Node, int]]]:
-        """Return the pairs of (activation, dimension) whose product sums over a group, as queries and keys do."""
-        return [(first, second) for _, first, second in matched(self.analysis, group)]
+    def reads(self, group: Group) -> list[Read]:
+        """Return where a group's units are used up, by contractions or otherwise."""
+        if group not in self._reads:
+            self._reads[group] = reads(self.analysis, group, self.contractions)
+        return self._reads[group]
 
     def units(self, group: Group, contraction: Contraction) -> Units:
         """Return which unit of a group each input of a contraction's matrices belongs to, or -1: (groups, in)."""
@@ -104,17 +107,16 @@ class Statistics:
         part: list[Group] = []
         counted: set[Contraction] = set()
         total = 0.0
+        samples = self.data.samples if self.data is not None and "mask_gradients" in needs else 0
         for group in groups:
-            new = [c for c in self.consumers(group) if c not in counted] if "moments" in needs else []
-            size = sum(self.moment_bytes(c) for c in new)
-            if part and total + size > self.max_memory:
+            read = set(self.consumers(group)) if "moments" in needs else set()
+            rows = 8.0 * samples * group.size
+            if part and total + rows + sum(self.moment_bytes(c) for c in read - counted) > self.max_memory:
                 yield part
                 part, counted, total = [], set(), 0.0
-                new = self.consumers(group)
-                size = sum(self.moment_bytes(c) for c in new)
             part.append(group)
-            counted |= set(new)
-            total += size
+            total += rows + sum(self.moment_bytes(c) for c in read - counted)
+            counted |= read
         if part:
             yield part
 
@@ -127,20 +129,22 @@ class Statistics:
         """Make the passes over the data that the needs take.
 
         Raises:
-            InputError: there are needs and no data.
+            InputError: there are needs and no data, or the loss's mean gradient is needed and there is no loss.
             NonFiniteError: an activation or a gradient is NaN or infinite.
         """
         if not needs:
             return
         if self.data is None:
+            what = ", ".join(NEEDS[n].partition(": ")[2] for n in sorted(needs))
             raise InputError(
-                f"{', '.join(NEEDS[n] for n in sorted(needs))}: this takes calibration data; pass `calibration`, a "
-                "loader of inputs like the example's, or choose criterion 'magnitude', which needs none"
+                f"this takes calibration data ({what}): pass `calibration`, a loader of inputs like the example's, or "
+                "choose criterion 'magnitude', which needs none"
             )
+        if "gradients" in needs and self.data.loss is None:
+            raise InputError("the loss's gradients take a loss: pass `loss`, (output, labels) -> scalar")
         chosen = list(groups)
         read = list(dict.fromkeys(c for g in chosen for c in self.consumers(g)))
-        pairs = list(dict.fromkeys(end for g in chosen for pair in self.matched(g) for end in pair))
-        self._gathered = gather.collect(self, self.data, read, pairs, needs)
+        self._gathered = gather.collect(self, self.data, read, chosen, needs)
 
     def free(self) -> None:
         """Let go of what was gathered."""
@@ -176,42 +180,73 @@ class Statistics:
         return self._gathered.channels[node, dim % len(self.analysis.dims[node])]
 
     def gradient(self, name: str) -> Tensor:
-        """Return the loss's gradient of a parameter, averaged over the samples, in the parameter's shape."""
+        """Return the loss's gradient of a parameter, averaged over the samples, in the parameter's shape, float64."""
         return self._gathered.gradients[name]
 
     def squared_gradient(self, name: str) -> Tensor:
-        """Return the mean over samples of the squared gradient of a parameter, in its shape."""
+        """Return the mean over samples of the squared gradient of a parameter, in its shape, float64."""
         return self._gathered.squared[name]
 
     def mask_gradient(self, group: Group) -> Scores:
-        """Return the loss's gradient with respect to a factor on each unit, where it is read: (samples, units).
+        """Return the objective's gradient with respect to a factor on each unit, where it is read: (samples, units).
 
-        Summed over all contractions that read the group; matched pairs (queries and keys) count through the first.
+        Samples whose objectives can be told apart have a row each; of a model whose batch is fixed, batches have.
         """
-        total: Scores | None = None
-        ends = [(c.operand, c.channel % len(self.analysis.dims[c.operand])) for c in self.consumers(group)]
-        ends += [first for first, _ in self.matched(group)]
-        for node, dim in dict.fromkeys(ends):
-            values = self._gathered.masks[node, dim]  # (samples, channels)
-            found = np.zeros((len(values), group.size))
-            for units in positions(self.analysis.dims[node][dim], group.axis):
-                inside = units >= 0
-                np.add.at(found.T, units[inside], values[:, inside].T)
-            total = found if total is None else total + found
-        if total is None:
-            raise InputError(f"{group.name}: no contraction reads it, so that no gradient says what it is for")
-        return total
+        return self._gathered.masks[group.name]
 
-    def by_unit(self, group: Group, node: fx.Node, dim: int, values: Scores) -> Scores:
-        """Return the sum of an activation's values by channel over the channels of each unit, (units,)."""
+    @property
+    def differentiated(self) -> list[str]:
+        """The parameters whose gradients were gathered."""
+        return list(self._gathered.gradients)
+
+    def once(self, name: str, make: Callable[[], float]) -> float:
+        """Return a number that is computed once for what was gathered."""
+        if name not in self._gathered.known:
+            self._gathered.known[name] = make()
+        return self._gathered.known[name]
+
+    def dim(self, node: fx.Node, number: int) -> Dim:
+        """Return a dimension of an activation."""
+        dim: Dim = self.analysis.dims[node][number]
+        return dim
+
+    def places(self, group: Group) -> list[tuple[fx.Node, int]]:
+        """Return each (activation, dimension) that a group's units are read from, once."""
+        found = [p for r in self.reads(group) for p in ((r.operand, r.dim), r.other) if p is not None]
+        return list(dict.fromkeys(found))
+
+    def by_unit(self, group: Group, dim: Dim, values: Scores) -> Scores:
+        """Return the sum of values along a dimension over the entries of each unit, (units,)."""
         total = np.zeros(group.size)
-        for units in positions(self.analysis.dims[node][dim], group.axis):
+        for units in positions(dim, group.axis):
             inside = units >= 0
             total += np.bincount(units[inside], weights=values[inside], minlength=group.size)
         return total
 
-    # ------------------------------------------------------------------ weights
+    def parameters(self, group: Group) -> list[tuple[str, int]]:
+        """Return (name, dimension) of all parameters that a group cuts."""
+        tensors = self.analysis.captured.tensors
+        return [(n, d) for n, d in group.members if isinstance(tensors[n], nn.Parameter)]
 
+    def weight_sum(self, group: Group, value: Callable[[str], Tensor]) -> Scores:
+        """Return the sum over all weights that each unit cuts of a tensor of the same shape as the parameter, (units,).
+
+        Matrices, kernels and vectors count.
+        """
+        total = np.zeros(group.size)
+        for name, dim in self.parameters(group):
+            sums = (moved := value(name).double().movedim(dim, 0)).reshape(len(moved), -1).sum(1).cpu().numpy()
+            total += self.by_unit(group, self.analysis.tensors[name][dim], sums)
+        return total
+
+    def column_power(self, contraction: Contraction, p: float) -> Scores:
+        """Return the sum of |w|^p over all weights that read each channel of a contraction's operand, (channels,)."""
+        weight = self.weight(contraction.weight)
+        matrix = contraction.matrix(weight).abs().double() ** p
+        kernel = max(int(np.prod(self.kernel(contraction))), 1)
+        return matrix.sum(1).reshape(-1, kernel).sum(1).cpu().numpy()
+
+    # ------------------------------------------------------------------ weights
     def weight_sums(self, name: str, dim: int, p: float) -> Scores:
         """Return the sum of |w|^p over all other dimensions of a parameter, one number for each index of `dim`.
 
@@ -249,14 +284,11 @@ class Statistics:
         Matrices and kernels count; vectors (biases, norms) only where the group cuts nothing else.
         """
         tensors = self.analysis.captured.tensors
-        members = [(n, d) for n, d in group.members if isinstance(tensors[n], nn.Parameter)]
+        members = self.parameters(group)
         matrices = [(n, d) for n, d in members if tensors[n].dim() > 1]
         total = np.zeros(group.size)
         for name, dim in matrices or members:
-            sums = self.weight_sums(name, dim, p)
-            for units in positions(self.analysis.tensors[name][dim], group.axis):
-                inside = units >= 0
-                total += np.bincount(units[inside], weights=sums[inside], minlength=group.size)
+            total += self.by_unit(group, self.analysis.tensors[name][dim], self.weight_sums(name, dim, p))
         return total
 
     def weight_count(self, group: Group) -> float:

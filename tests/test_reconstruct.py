@@ -249,7 +249,7 @@ X = torch.randn(4, 6)
         ([(X, X[:, 0])], {"loss": lambda y, labels: labels.sum()}, InputError, "does not depend on the model's output"),
         ([(X, X[:, 0])], {"loss": lambda y, labels: y}, InputError, r"the loss gives a tensor \(4, 3\), not a scalar"),
         ([X * 1e30 * 1e30], {}, InputError, "holds NaN or infinite values"),
-        ([X * 1e38], {}, NonFiniteError, "hold NaN or infinite values"),
+        ([X * 1e38], {}, NonFiniteError, "holds? NaN or infinite values"),
         ([X], {"reconstruction": "lstsq"}, RecipeError, "there is no reconstruction 'lstsq'"),
         ([X], {"reconstruction": {"name": "bias", "speed": 1}}, RecipeError, "has no option 'speed'"),
         (None, {"reconstruction": "least_squares"}, RecipeError, "takes calibration data"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from fxprune.errors import RecipeError
 from fxprune.groups import Group
 from fxprune.passes.registries import criterion
+from fxprune.passes.scales import normalised
 from fxprune.passes.statistics import Scores, Statistics
 
 
@@ -34,14 +33,4 @@ def magnitude(
     if not p > 0:
         raise RecipeError(f"criterion 'magnitude': p must be positive, not {p}")
     scores: Scores = statistics.weight_power(group, p) ** (1 / p)
-    if normalize == "mean":
-        scale = scores.mean()
-    elif normalize == "max":
-        scale = scores.max()
-    elif normalize == "size":
-        scale = np.float64(statistics.weight_count(group) ** (1 / p))
-    elif normalize == "none":
-        scale = np.float64(1.0)
-    else:
-        raise RecipeError(f"criterion 'magnitude': normalize is mean, max, size or none, not {normalize!r}")
-    return scores / scale if scale > 0 else scores
+    return normalised(scores, normalize, "magnitude", size=statistics.weight_count(group) ** (1 / p))
