@@ -1,7 +1,8 @@
 """Torch-Pruning (DepGraph, Fang et al. 2023, https://arxiv.org/abs/2301.12900), run as its own examples run it.
 
-Magnitude importance, the same ratio in every layer, one step, no fine-tuning. Its examples for timm models tell it
-which linear layers hold queries, keys and values and correct the attention modules' sizes afterwards; so does this.
+Magnitude importance unless another is asked for, the same ratio in every layer, one step, no fine-tuning. Its examples
+for transformers tell it which linear layers hold queries, keys and values and correct the attention modules' sizes
+afterwards; so does this.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,9 @@ from bench.shims import shim_torchvision
 
 Heads = Literal["dims", "whole"]
 """What goes from attention: the same share of every head's dimensions, or that share of the heads."""
+
+
+Importance = Literal["magnitude", "taylor", "hessian"]
 
 
 class Pruned(NamedTuple):
@@ -74,21 +78,35 @@ def classifiers(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> list[st
     ]
 
 
-def _attentions(model: nn.Module) -> Iterator[Any]:
-    """Yield the modules with a fused projection `qkv` and a `num_heads`, as timm writes attention."""
+class _Attention(NamedTuple):
+    """An attention module, the linear layers that give its queries, keys and values, and its number's name."""
+
+    module: Any
+    layers: list[nn.Linear]
+    number: str
+
+
+def _attentions(model: nn.Module) -> Iterator[_Attention]:
+    """Yield the modules with a fused projection `qkv`, or with `query`, `key` and `value`, and a number of heads."""
     for module in model.modules():
-        if isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int):
-            yield module
+        layers = [getattr(module, name, None) for name in ("qkv", "query", "key", "value")]
+        found = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        for number in ("num_heads", "num_attention_heads", "heads"):
+            if len(found) in (1, 3) and isinstance(getattr(module, number, None), int):
+                yield _Attention(module, found, number)
+                break
 
 
 def _correct(model: nn.Module, heads: dict[nn.Module, int]) -> None:
     """Write the new sizes into the attention modules, whose forward reads them."""
-    for attention in _attentions(model):
-        attention.num_heads = heads[attention.qkv]
-        width = attention.qkv.out_features // 3
-        for name, value in (("head_dim", width // attention.num_heads), ("attn_dim", width)):
-            if hasattr(attention, name):
-                setattr(attention, name, value)
+    for module, layers, number in _attentions(model):
+        count = heads[layers[0]]
+        setattr(module, number, count)
+        width = layers[0].out_features // (3 if len(layers) == 1 else 1)
+        sizes = {"head_dim": width // count, "attention_head_size": width // count}
+        for name, value in {**sizes, "attn_dim": width, "all_head_size": width}.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
 
 
 def _merge_pruner(tp: Any) -> Any:
@@ -126,6 +144,27 @@ def _swin(model: nn.Module, tp: Any) -> dict[str, Any]:
     }
 
 
+def _gradients(model: nn.Module, scores: Any, losses: Iterator[Tensor]) -> None:
+    """Leave behind the gradients that an importance reads, as Torch-Pruning's own examples do.
+
+    Its Hessian importance is given the sum over all samples: `accumulate_grad` of 1.6.1 keeps the last sample's alone.
+    """
+    model.zero_grad()
+    hessian = hasattr(scores, "accumulate_grad")
+    sums: dict[nn.Parameter, Tensor] = {}
+    for loss in losses:
+        if hessian:
+            model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        if hessian:
+            for value in model.parameters():
+                if value.grad is not None:
+                    square = value.grad.square()
+                    sums[value] = sums[value] + square if value in sums else square
+    if hessian:
+        scores._accu_grad, scores._counter = sums, dict.fromkeys(sums, 1)
+
+
 def prune(
     model: nn.Module,
     example_inputs: tuple[Tensor, ...],
@@ -134,13 +173,25 @@ def prune(
     ignored: Sequence[str] | None = None,
     round_to: int | None = None,
     limit: float = 600.0,
+    importance: Importance = "magnitude",
+    losses: Callable[[nn.Module], Iterator[Tensor]] | None = None,
 ) -> Pruned:
     """Return a copy of `model` without the share `ratio` of its channels, and the seconds this took.
 
-    `ignored` names the modules whose outputs stay whole (default: the classifiers); `round_to` is the number that kept
-    widths are multiples of. Copying and the check that the result runs are not in the time. Raises TimeoutError after
-    `limit` seconds, and whatever Torch-Pruning, or the forward of what it leaves, raises: for a Swin with whole heads
-    that is a RuntimeError, since its position bias tables keep a column for every head there was.
+    Copying and the check that the result runs are not in the time.
+
+    Args:
+        heads: what goes from attention.
+        ignored: names of the modules whose outputs stay whole; by default the classifiers.
+        round_to: the number that kept widths are multiples of.
+        limit: seconds.
+        importance: "magnitude", or with `losses` "taylor" (first order) or "hessian" (its diagonal).
+        losses: yields scalars of the model that it is given: one a batch, or for the Hessian one a sample.
+
+    Raises:
+        TimeoutError: after `limit` seconds.
+        Exception: whatever Torch-Pruning, or the forward of what it leaves, raises; for a Swin with whole heads that is
+            a RuntimeError, since its position bias tables keep a column for every head there was.
     """
     shim_torchvision()
     import torch_pruning  # type: ignore[import-untyped, unused-ignore]
@@ -148,17 +199,22 @@ def prune(
     if ignored is None:
         ignored = classifiers(model, example_inputs)
     pruned = copy.deepcopy(model).eval()
-    num_heads: dict[nn.Module, int] = {attention.qkv: attention.num_heads for attention in _attentions(pruned)}
+    num_heads = {layer: getattr(a.module, a.number) for a in _attentions(pruned) for layer in a.layers}
     # Position bias tables have one column a head: nothing that goes from inside a head may be cut from them.
     tables = [value for name, value in pruned.named_parameters() if name.endswith("relative_position_bias_table")]
     whole = heads == "whole"
     with _limit(limit), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says which parameters it found outside layers
+        scores = {
+            "magnitude": torch_pruning.importance.MagnitudeImportance,
+            "taylor": torch_pruning.importance.TaylorImportance,
+            "hessian": torch_pruning.importance.HessianImportance,
+        }[importance]()
         start = time.perf_counter()
         pruner = torch_pruning.pruner.BasePruner(
             pruned,
             example_inputs,
-            importance=torch_pruning.importance.MagnitudeImportance(),
+            importance=scores,
             global_pruning=False,
             pruning_ratio=ratio,
             round_to=round_to,
@@ -174,7 +230,11 @@ def prune(
             out_channel_groups={},
             **_swin(pruned, torch_pruning),
         )
+        if importance != "magnitude":
+            assert losses is not None
+            _gradients(pruned, scores, losses(pruned))
         pruner.step()
+        pruned.zero_grad()
         _correct(pruned, pruner.num_heads)
         seconds = time.perf_counter() - start
     with torch.inference_mode():

@@ -35,13 +35,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, positions, width) to the same shape."""
-        batch, length, width = x.shape
-        split = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, length, _ = x.shape
+        split = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind(0)
         if self.causal:
             query, key = self.turned(query), self.turned(key)
         seen = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        mixed: Tensor = self.out(seen.transpose(1, 2).reshape(batch, length, width))
+        mixed: Tensor = self.out(seen.transpose(1, 2).reshape(batch, length, -1))
         return mixed
 
     def turned(self, x: Tensor) -> Tensor:
