@@ -6,7 +6,7 @@ import abc
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,13 @@ class Backend(abc.ABC):
         if threads < 1:
             raise BackendError(f"backend '{self.name}' was asked for {threads} threads; pass 1 or more")
         return self._build(inference_copy(module), args, dict(kwargs or {}), threads, batch_dynamic, path)
+
+    def build_parts(self, parts: Sequence[tuple[nn.Module, Sequence[Tensor]]], *, threads: int) -> list[Runner]:
+        """Build several modules, each with its tensors, to time them; a backend may have a faster way.
+
+        Raises BackendError as `build` does.
+        """
+        return [self.build(module, tuple(tensors), threads=threads, batch_dynamic=False) for module, tensors in parts]
 
 
 BACKENDS: Registry[Backend] = Registry("backend", BackendError)

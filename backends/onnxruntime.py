@@ -16,7 +16,8 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +132,14 @@ class OnnxRunner(Runner):
     """An open onnxruntime session; `run` takes CPU tensors of the types that it was built with."""
 
     def __init__(
-        self, opened: InferenceSession, signature: inspect.Signature, arguments: Mapping[str, Any], threads: int
+        self,
+        opened: InferenceSession,
+        signature: inspect.Signature,
+        arguments: Mapping[str, Any],
+        threads: int,
+        names: Sequence[str] | None = None,
     ) -> None:
+        """`names` are those of the session's inputs, where they are not those of the arguments."""
         self.path = None
         self.parity: Parity | None = None
         self._session = opened
@@ -140,13 +147,14 @@ class OnnxRunner(Runner):
         self._threads = threads
         tensors, self._constants = _named_leaves(arguments)
         self._names = list(tensors)
+        self._feeds = dict(zip(self._names, names or self._names, strict=True))
         self._plain = all(isinstance(value, Tensor) for value in arguments.values())
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
         inputs = self._inputs(args, kwargs)
         try:
-            feeds = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+            feeds = {self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
             outputs = self._session.run(None, feeds)
         except Exception as error:  # onnxruntime has a dozen unrelated exception classes
             raise BackendError(f"onnxruntime cannot run the model on these arguments: {error}") from error
@@ -228,6 +236,48 @@ class OnnxRuntimeBackend(Backend):
         runner.path = path
         return runner
 
+    def build_parts(self, parts: Sequence[tuple[nn.Module, Sequence[Tensor]]], *, threads: int) -> list[Runner]:
+        """Build several modules, each with its tensors, out of one export, most of whose time is overhead."""
+        import onnx
+
+        if len(parts) < 2:
+            return super().build_parts(parts, threads=threads)
+        together = _Together([inference_copy(module) for module, _ in parts], [len(tensors) for _, tensors in parts])
+        # Copies: one tensor that is given to two parts would be one input of both.
+        tensors = [tensor.detach().clone() for _, some in parts for tensor in some]
+        with torch.no_grad():
+            counts = [len(outputs) for outputs in together.each(*tensors)]
+        inputs, outputs = (
+            [[f"{kind}{i}_{j}" for j in range(n)] for i, n in enumerate(counted)]
+            for kind, counted in (("input", together.counts), ("output", counts))
+        )
+        with _quiet(), _without_attention_fastpath(), torch.no_grad():
+            try:
+                program = torch.onnx.export(
+                    together,
+                    tuple(tensors),
+                    dynamo=True,
+                    input_names=list(chain.from_iterable(inputs)),
+                    output_names=list(chain.from_iterable(outputs)),
+                    verbose=False,
+                )
+                assert program is not None
+                extractor = onnx.utils.Extractor(program.model_proto)
+            except Exception:  # which of them is at fault, and why, is found one by one
+                return super().build_parts(parts, threads=threads)
+        built: list[Runner] = []
+        for (module, own), into, out in zip(parts, inputs, outputs, strict=True):
+            with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
+                file = Path(folder) / "part.onnx"
+                onnx.save(extractor.extract_model(into, out), file)
+                opened = session(file, threads=threads)
+            signature = forward_signature(module)
+            arguments = bind_arguments(signature, tuple(own), {})
+            runner = OnnxRunner(opened, signature, arguments, threads, into)
+            check_parity(self.name, module, arguments, runner.run(*own))
+            built.append(runner)
+        return built
+
     def _check(self, runner: OnnxRunner, module: nn.Module, arguments: dict[str, Any], batch_dynamic: bool) -> Parity:
         """Compare with torch on the example, and on another batch size too where any is allowed."""
         trials = [arguments]
@@ -256,6 +306,26 @@ class _FlatModule(nn.Module):
         leaves = [next(given) if leaf is Tensor else leaf for leaf in self._leaves]
         args, kwargs = call_arguments(self._signature, pytree.tree_unflatten(leaves, self._structure))
         return tensors_of(self.module(*args, **kwargs))
+
+
+class _Together(nn.Module):
+    """Modules side by side, each with its own tensors."""
+
+    def __init__(self, modules: Sequence[nn.Module], counts: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.counts = list(counts)
+
+    def each(self, *tensors: Tensor) -> list[list[Tensor]]:
+        """Return the output tensors of each module."""
+        given = iter(tensors)
+        return [
+            tensors_of(module(*(next(given) for _ in range(count))))
+            for module, count in zip(self.parts, self.counts, strict=True)
+        ]
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return list(chain.from_iterable(self.each(*tensors)))
 
 
 def _named_leaves(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,6 +36,8 @@ from fxprune.rewrite import Rewritten, rewrite
 GRID = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 #: Rounds of a measurement of one part.
 REPEATS = 9
+#: Parts are built together as long as their weights and inputs take at most so many bytes.
+_TOGETHER = 512 * 2**20
 
 
 @dataclass(slots=True)
@@ -158,13 +160,13 @@ def tables(
         counts = {g.axis: _width(g, share, step(g)) for g in groups}
         kept = Kept({axis: np.arange(n) for axis, n in counts.items()})
         rewritten = rewrite(analysis, kept, model)
-        for part, module, inputs in _modules(analysis, rewritten, parts):
-            macs = costs._total(part.macs, counts)
-            if part.axes or share == max(grid):
-                part.points.insert(0, (float(macs), clock.seconds(module, inputs)))
-            done += 1
-            if progress:
-                progress(done, count)
+        chosen = [m for m in _modules(analysis, rewritten, parts) if m[0].axes or share == max(grid)]
+        times = clock.seconds([(module, inputs) for _, module, inputs in chosen])
+        for (part, _, _), seconds in zip(chosen, times, strict=True):
+            part.points.append((float(costs._total(part.macs, counts)), seconds))
+        done += len(parts)
+        if progress:
+            progress(done, count)
     for part in parts:
         part.points.sort()
     clock.save()
@@ -285,13 +287,16 @@ class Clock:
         self._reference: Runner | None = None
         self.unit = 0.0
 
-    def seconds(self, module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> float:
-        """Return the median time of a module on these inputs, in seconds of a quiet reference."""
-        key = _digest([self.backend.name, *_describe(module, inputs)])
-        if key not in self.known:
-            runner = self.backend.build(module, tuple(inputs), kwargs, threads=self.threads, batch_dynamic=False)
-            self.known[key] = self.ratio(lambda: runner.run(*inputs, **(kwargs or {})))
-        return self.known[key]
+    def seconds(self, parts: Sequence[tuple[nn.Module, Sequence[Any]]]) -> list[float]:
+        """Return the median time of each module on its inputs, in times of the reference; equal ones are timed once."""
+        keys = [_digest([self.backend.name, *_describe(module, inputs)]) for module, inputs in parts]
+        unknown = {key: part for key, part in zip(keys, parts, strict=True) if key not in self.known}
+        for some in _portions(unknown):
+            runners = self.backend.build_parts([unknown[key] for key in some], threads=self.threads)
+            for key, runner in zip(some, runners, strict=True):
+                inputs = unknown[key][1]
+                self.known[key] = self.ratio(lambda runner=runner, inputs=inputs: runner.run(*inputs))  # type: ignore[misc]
+        return [self.known[key] for key in keys]
 
     def ratio(self, run: Callable[[], object]) -> float:
         """Return how many times the reference's time a call takes."""
@@ -315,6 +320,22 @@ class Clock:
         temporary = self.file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self.known))
         temporary.replace(self.file)
+
+
+def _portions(parts: Mapping[str, tuple[nn.Module, Sequence[Any]]]) -> Iterator[list[str]]:
+    """The keys in runs that are built together: as many as their weights and inputs leave memory for."""
+    some: list[str] = []
+    size = 0
+    for key, (module, inputs) in parts.items():
+        tensors = [*module.parameters(), *module.buffers(), *(x for x in inputs if isinstance(x, Tensor))]
+        own = sum(t.nbytes for t in tensors)
+        if some and size + own > _TOGETHER:
+            yield some
+            some, size = [], 0
+        some.append(key)
+        size += own
+    if some:
+        yield some
 
 
 def _machine(threads: int) -> list[Any]:
