@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -43,6 +44,7 @@ class Chooser:
     said: Mapping[str, Say]
     statistics: Statistics
     error: Callable[[Kept], float] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def budget(self, kind: str, share: float) -> Budget:
         """Return what may be kept, with the limits that recipe and groups set."""
@@ -52,7 +54,7 @@ class Chooser:
         least |= {name: few for name, (few, _) in own.items()}
         error = self.error
         trial = None if error is None else lambda counts: error(self.best(counts))
-        return Budget(kind, share, steps, least, own, trial, self.recipe.seed)
+        return Budget(kind, share, steps, least, own, trial, self.recipe.seed, self.memory)
 
     def kept(self, kind: str, share: float) -> Kept:
         """Allocate a share of a cost and keep the best units of each group.

@@ -3,8 +3,8 @@
 The graph is cut before every contraction, so that a part is a contraction and what follows it up to the next. At a few
 widths the whole model is rewritten, each part is built and timed beside a fixed reference workload, and its time is
 kept on disk under what it depends on: the part itself with all shapes, the backend and its version, threads, processor.
-Between the widths times are interpolated over the part's multiply-accumulates; a wider part that is faster replaces a
-narrower one (the lower monotone envelope). What the sum of all parts differs from the measured whole model by is kept
+Between the widths times are interpolated over the part's multiply-accumulates, on the monotone curve that is nearest to
+them. What the sum of all parts differs from the measured whole model by is kept
 as a factor.
 """
 
@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
@@ -34,13 +38,14 @@ from fxprune.rewrite import Rewritten, rewrite
 
 #: Shares of the units at which parts are measured.
 GRID = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-#: Rounds of a measurement of one part.
-REPEATS = 9
+#: Rounds of a measurement of one part. The time is a low quantile of them: other work on the machine only ever adds.
+REPEATS = 31
+_QUANTILE = 0.2
 #: Parts are built together as long as their weights and inputs take at most so many bytes.
 _TOGETHER = 512 * 2**20
 
 
-@dataclass(slots=True)
+@dataclass
 class Part:
     """A run of the graph's nodes.
 
@@ -56,12 +61,17 @@ class Part:
     axes: frozenset[Axis]
     points: list[tuple[float, float]] = field(default_factory=list)
 
+    @cached_property
+    def _curve(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The points, their times made monotone by least squares of relative errors."""
+        x, y = (np.array(values) for values in zip(*self.points, strict=True))
+        return x, isotonic_regression(y, weights=1 / np.maximum(y, 1e-12) ** 2).x
+
     def seconds(self, macs: float) -> float:
-        """Return the time at so many multiply-accumulates, on the lower monotone envelope."""
+        """Return the time at so many multiply-accumulates, on the monotone curve nearest to the measured points."""
         if not self.points:
             return 0.0
-        x = np.array([p[0] for p in self.points])
-        y = np.minimum.accumulate(np.array([p[1] for p in self.points])[::-1])[::-1]
+        x, y = self._curve
         if macs < x[0]:  # below the grid: towards half of the smallest's time at no work
             return float(y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0)))
         return float(np.interp(macs, x, y))
@@ -310,9 +320,10 @@ class Clock:
             reference="reference",
             repeats=REPEATS,
             warmup=2,
-            min_time=0.002,
+            min_time=0.001,
         )
-        return 1 / timed.ratio("part").median
+        part, unit = (np.quantile(timed.latencies[n].samples, _QUANTILE) for n in ("part", "reference"))
+        return float(part / unit)
 
     def save(self) -> None:
         """Write the times to disk."""
@@ -370,7 +381,7 @@ def _describe(module: nn.Module, inputs: Sequence[Any]) -> list[str]:
         if node.op == "call_module":
             what = repr(module.get_submodule(what))
         elif node.op == "get_attr":
-            tensor = getattr(module, what) if "." not in what else module.get_parameter(what)
+            tensor = operator.attrgetter(what)(module)
             what = f"{tuple(tensor.shape)} {tensor.dtype}"
         elif node.op == "placeholder":
             what = ""

@@ -54,6 +54,7 @@ class Budget:
         limits: group name -> the fewest and the most units, for groups that the recipe gives limits of their own.
         error: group name -> units of every group: what the model's output loses on calibration data; None without data.
         seed: of everything random.
+        memory: what an allocator may remember for the next budget, when a target on the clock takes several.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Budget:
     limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     error: Callable[[Mapping[str, int]], float] | None = None
     seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 #: (groups, scores by group name, costs, budget, **options) -> kept units by group name.

@@ -137,6 +137,23 @@ def test_preferred_multiple_is_a_power_of_two(backend: Backend) -> None:
     assert backend.preferred_multiple in (4, 8, 16, 32, 64)
 
 
+def test_parts_built_together_are_those_built_alone(backend: Backend) -> None:
+    """Also where two parts read one tensor, where one has two inputs or two outputs, and with numbers as inputs."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x + y, x * y
+
+    torch.manual_seed(0)
+    x, ids = torch.randn(3, 4), torch.randint(0, 9, (3, 4))
+    parts = [(nn.Linear(4, 5), [x]), (Both(), [x, torch.randn(3, 4)]), (nn.Embedding(9, 2), [ids]), (nn.ReLU(), [x])]
+    for (module, tensors), runner in zip(parts, backend.build_parts(parts, threads=1), strict=True):
+        with torch.no_grad():
+            expected = module(*tensors)
+        for a, b in zip(runner.run(*tensors), expected if isinstance(expected, tuple) else [expected], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_arguments_that_do_not_fit_are_refused(backend: Backend) -> None:
     with pytest.raises(InputError, match="the arguments do not fit forward"):
         backend.build(nn.Linear(2, 2), (torch.zeros(1, 2), torch.zeros(1, 2)), threads=THREADS)
