@@ -532,12 +532,16 @@ def _report(
     recipe: Recipe,
 ) -> Report:
     counts = {axis: len(indices) for axis, indices in kept.items()}
+    left = costs.without(kept.removed)
     notes = list(analysis.captured.notes)
+    if plan.blocks:
+        many = f"{len(plan.blocks)} blocks are" if len(plan.blocks) > 1 else "1 block is"
+        notes.append(f"{many} removed whole: {', '.join(plan.blocks)}")
     if not plan.groups:
         notes.append(
             "no group can be cut: the model comes back whole; `fxprune explain` says what freezes each dimension"
         )
-    elif not len(kept):
+    elif not len(kept) and not plan.blocks:
         notes.append("nothing was removed: the target is met by the model as it is")
     used = set(analysis.tensors)
     unused = [n for n, _ in model.named_parameters() if n not in used and n not in analysis.captured.aliases]
@@ -545,8 +549,8 @@ def _report(
         notes.append(f"{len(unused)} parameters take no part in the outputs and are left out: {', '.join(unused[:3])}")
     return Report(
         model=type(model).__name__,
-        macs=Pair(costs.macs({}), costs.macs(counts)),
-        params=Pair(costs.params({}), costs.params(counts)),
+        macs=Pair(costs.macs({}), left.macs(counts)),
+        params=Pair(costs.params({}), left.params(counts)),
         proof=proof,
         groups=plan.groups,
         whole={f"{w.tensor}.{w.dim}": w.reason for w in frozen_dimensions(analysis)},

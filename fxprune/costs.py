@@ -10,39 +10,45 @@ from torch import fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Dim, Fixed, Product, atoms
+from fxprune.blocks import live, tensors_of
 from fxprune.rules.core import Dims
 
 Counts = Mapping[Axis, int]
 
 
 class Costs:
-    """MACs and parameters of a model under kept counts. MACs are those of the example inputs.
+    """MACs, parameters and memory of a model under kept counts. MACs are those of the example inputs.
 
     Multiply-accumulates are counted for matrix products, convolutions and attention, as `torch.utils.flop_counter`
     does (one multiply-accumulate is two of its FLOPs).
     """
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Analysis, removed: Mapping[fx.Node, fx.Node] | None = None) -> None:
         captured = analysis.captured
+        alive = live(analysis, removed) if removed else set(captured.graph.nodes)
+        used = tensors_of(alive) if removed else set(analysis.tensors)
+        self._analysis = analysis
         self._captured = captured
         self._symbols = {s.name: _example_size(analysis, s.places[0]) for s in captured.symbols}
-        self._macs = [dims for _, dims in analysis.macs]
-        self._nodes = [node for node, _ in analysis.macs]
+        self._macs = [dims for node, dims in analysis.macs if node in alive]
+        self._nodes = [node for node, _ in analysis.macs if node in alive]
         self._parameters = {
-            name: dims for name, dims in analysis.tensors.items() if isinstance(captured.tensors[name], nn.Parameter)
+            name: dims
+            for name, dims in analysis.tensors.items()
+            if name in used and isinstance(captured.tensors[name], nn.Parameter)
         }
         tensors = captured.tensors
-        self._stored = [(tensors[n].element_size(), dims) for n, dims in analysis.tensors.items()]
+        self._stored = [(tensors[n].element_size(), dims) for n, dims in analysis.tensors.items() if n in used]
         self._results: dict[fx.Node, list[tuple[int, Dims]]] = {}
         self._last: dict[fx.Node, list[fx.Node]] = {}
         last: dict[fx.Node, fx.Node] = {}
-        for node in captured.graph.nodes:
+        for node in (n for n in captured.graph.nodes if n in alive and n not in (removed or {})):
             dims = analysis.dims.get(node, ())
             dtype = node.meta.get("dtype")
             width = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
             self._results[node] = [(width, ds) for ds in (dims if isinstance(dims, list) else [dims])]
             for operand in node.all_input_nodes:
-                last[operand] = node
+                last[(removed or {}).get(operand, operand)] = node
         for node, user in last.items():
             self._last.setdefault(user, []).append(node)
         self._users: dict[tuple[str, Axis], list[Dims]] = {}
@@ -50,6 +56,10 @@ class Costs:
             for dims in many:
                 for axis in {a for d in dims for a in atoms(d)}:
                     self._users.setdefault((kind, axis), []).append(dims)
+
+    def without(self, removed: Mapping[fx.Node, fx.Node]) -> Costs:
+        """Return the costs of the model without some blocks: see `Kept.removed`."""
+        return Costs(self._analysis, removed) if removed else self
 
     def macs(self, counts: Counts) -> int:
         """Return the multiply-accumulates of one forward pass on the example inputs."""
@@ -68,7 +78,7 @@ class Costs:
         alive = most = 0
         sizes: dict[fx.Node, int] = {}
         for node in self._captured.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in self._results:
                 sizes[node] = sum(width * self._total([dims], counts) for width, dims in self._results[node])
                 alive += sizes[node]
                 most = max(most, alive)

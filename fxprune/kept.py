@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.axes import Axis, Concat, Dim, Fixed, Product, Size, atoms, plus, size_of, times
 
@@ -16,6 +16,9 @@ Indices = npt.NDArray[np.int64]
 
 class Kept(Mapping[Axis, Indices]):
     """Kept indices, sorted, for every axis that is cut; axes that are not in it stay whole.
+
+    `removed` are the additions whose branch is left out whole, each with the stream that takes its place
+    (`fxprune.blocks`).
 
     >>> from fxprune.axes import Axis, Fixed, concat, product
     >>> heads, width = Axis(3, "heads"), Axis(4, "width")
@@ -26,8 +29,9 @@ class Kept(Mapping[Axis, Indices]):
     [0, 1, 3, 5]
     """
 
-    def __init__(self, kept: Mapping[Axis, Indices]) -> None:
+    def __init__(self, kept: Mapping[Axis, Indices], removed: Mapping[fx.Node, fx.Node] | None = None) -> None:
         self._kept = {axis: np.asarray(ix, dtype=np.int64) for axis, ix in kept.items() if len(ix) < axis.size}
+        self.removed = dict(removed or {})
         self._index: dict[Dim, Indices | None] = {}
 
     def __getitem__(self, axis: Axis) -> Indices:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms, size_of
+from fxprune.blocks import find_blocks
 from fxprune.costs import Costs
 from fxprune.errors import SavedModelError
 from fxprune.groups import Group, positions
@@ -48,6 +49,7 @@ class Plan:
         groups: every group that could have been cut.
         biases: names of biases that constants of removed units were folded into, in the emitted module.
         recipe: the recipe that it came from.
+        blocks: names of the blocks that are removed whole (`fxprune.blocks`).
         costs: "params" and "macs" of the dense model and of what is kept.
         dynamic: input name -> dimension -> size name: what was dynamic when the model was captured.
     """
@@ -58,6 +60,7 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -68,26 +71,37 @@ class Plan:
             name: {i: kept.index(d).tolist() for i, d in enumerate(dims) if kept.cut(d)}
             for name, dims in analysis.tensors.items()
         }
+        blocks = [b for b in find_blocks(analysis) if b.total in kept.removed] if kept.removed else []
+        gone = frozenset[str]().union(*(b.parameters for b in blocks))
         counts = {g.axis: len(kept[g.axis]) if g.axis in kept else g.size for g in groups}
+        dropped = {g.axis: 0 for g in groups if _inside(g, gone)}
         part = roles(analysis, groups)
         rows = [
             GroupPlan(
                 g.name,
                 g.kind,
                 g.size,
-                counts[g.axis],
+                {**counts, **dropped}[g.axis],
                 part.get(g.name, ""),
-                why.get(g.name, ""),
-                *(-costs.change(cost, {g.axis: counts[g.axis]}, {}) for cost in ("params", "macs")),
+                "in a removed block" if g.axis in dropped else why.get(g.name, ""),
+                *(-costs.change(cost, {g.axis: {**counts, **dropped}[g.axis]}, {}) for cost in ("params", "macs")),
             )
             for g in groups
         ]
-        total = {cost: (costs.of(cost, {}), costs.of(cost, counts)) for cost in ("params", "macs")}
+        left = costs.without(kept.removed)
+        total = {cost: (costs.of(cost, {}), left.of(cost, counts)) for cost in ("params", "macs")}
         dynamic: dict[str, dict[int, str]] = {}
         for symbol in analysis.captured.symbols:
             for name, dim in symbol.places:
                 dynamic.setdefault(name, {})[dim] = symbol.name
-        return cls({n: t for n, t in table.items() if t}, rows, dynamic=dynamic, costs=total, **extra)
+        return cls(
+            {n: t for n, t in table.items() if t},
+            rows,
+            dynamic=dynamic,
+            costs=total,
+            blocks=[b.name for b in blocks],
+            **extra,
+        )
 
     def reasons(self) -> dict[str, str]:
         """Return what the recipe said about groups, by name."""
@@ -105,7 +119,11 @@ class Plan:
                 raise SavedModelError(f"the plan cuts '{name}', which this model does not have or does not use")
             for dim, indices in table.items():
                 self._read(analysis, name, dim, np.asarray(indices, dtype=np.int64), found)
-        kept = Kept(found)
+        blocks = {b.name: b for b in find_blocks(analysis)} if self.blocks else {}
+        for name in self.blocks:
+            if name not in blocks:
+                raise SavedModelError(f"the plan removes the block '{name}', which this model does not have")
+        kept = Kept(found, {blocks[name].total: blocks[name].stream for name in self.blocks})
         for name, table in self.kept.items():
             for dim, indices in table.items():
                 if kept.index(analysis.tensors[name][dim]).tolist() != list(indices):
@@ -142,7 +160,13 @@ class Plan:
                 biases=list(data["biases"]),
                 recipe=dict(data["recipe"]),
                 dynamic={n: {int(d): str(s) for d, s in t.items()} for n, t in data["dynamic"].items()},
+                blocks=list(data.get("blocks", [])),
                 costs={kind: (int(a), int(b)) for kind, (a, b) in data.get("costs", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error
+
+
+def _inside(group: Group, gone: frozenset[str]) -> bool:
+    """Whether all that a group cuts is among some tensors."""
+    return bool(gone) and all(name in gone for name, _ in group.members)

@@ -313,6 +313,8 @@ class Reference(_Double):
             return self.up(self.weights(str(n.target)))
         if n.op != "call_function":
             return super().run_node(n)
+        if n in self.kept.removed:
+            return self.env[self.kept.removed[n]]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n in self._varying:
             args, kwargs = pytree.tree_map(self._literal, (args, kwargs), is_leaf=lambda v: isinstance(v, Varying))

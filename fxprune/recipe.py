@@ -109,6 +109,9 @@ class Recipe(BaseModel):
             connections carry; "not residual" excludes.
         ratios: pattern -> the share that the groups of it keep, or {"min": share, "max": share}; the allocation spreads
             the rest of the budget over all others.
+        blocks: whether whole branches of residual networks go as well: "none", "influence" or "greedy" (on calibration
+            data, see `fxprune.passes.depth`), or {"name": ..., "remove": how many}. Without a number blocks go as long
+            as the target is not overshot, and widths make up the rest.
         floor: no group keeps a smaller share of its units than this, unless `ratios` say so.
         backend: what the model will run on.
         threads: of the backend, for targets on the clock; None takes torch's number.
@@ -129,6 +132,7 @@ class Recipe(BaseModel):
     keep: tuple[str, ...] = ()
     groups: tuple[str, ...] | None = None
     ratios: dict[str, float | Range] = Field(default_factory=dict)
+    blocks: str | dict[str, Any] = "none"
     floor: float = Field(default=0.05, ge=0, lt=1)
     backend: str = "onnxruntime"
     threads: int | None = Field(default=None, ge=1)
@@ -162,6 +166,14 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
+        given = {"name": self.blocks} if isinstance(self.blocks, str) else self.blocks
+        number = given.get("remove", 1)
+        if not isinstance(given.get("name"), str) or given.keys() - {"name", "remove"}:
+            raise ValueError('blocks is a name or {"name": ..., "remove": how many}')
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"blocks: remove is a number of blocks, not {number!r}")
+        if given["name"] != "none" and (self.keep_class or self.target.dead):
+            raise ValueError("blocks go neither with keep_class, since a class calls all of its modules, nor with dead")
         if self.target.dead and self.ratios:
             raise ValueError("dead removes what is dead and nothing else, so that `ratios` cannot be met with it")
         return self

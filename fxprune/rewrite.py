@@ -15,6 +15,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Concat, Dim, Fixed, Product, Size
+from fxprune.blocks import live
 from fxprune.capture import Varying
 from fxprune.kept import Kept
 from fxprune.layers import DROPOUTS, LAYERS, RECURRENT, dropout, recurrent, refresh
@@ -148,13 +149,18 @@ class _Rewriter:
     def run(self) -> Rewritten:
         captured = self.analysis.captured
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        alive = live(self.analysis, self.kept.removed) if self.kept.removed else set(captured.graph.nodes)
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self._last_input = self.nodes[node] = self.graph.placeholder(node.target)
-            elif node.target is aten._weight_norm.default:
+            elif node.target is aten._weight_norm.default and node in alive:
                 self._scale_norm(node)
         for node in captured.graph.nodes:
-            if node.op == "call_function":
+            if node not in alive:
+                continue
+            if node in self.kept.removed:
+                self.nodes[node] = self._mapped(self.kept.removed[node])
+            elif node.op == "call_function":
                 self.nodes[node] = self._rewritten(node)
                 self.nodes[node].meta = {k: node.meta[k] for k in ("path", "source", "dtype") if k in node.meta}
             elif node.op == "output":

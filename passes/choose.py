@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from fxprune import passes
 from fxprune.analyse import Analysis
+from fxprune.blocks import Block, find_blocks, live, tensors_of
 from fxprune.costs import Costs
 from fxprune.errors import NonFiniteError, TargetError
 from fxprune.groups import Group, frozen_dimensions
 from fxprune.kept import Indices, Kept
 from fxprune.passes.calibration import Calibration
+from fxprune.passes.depth import DEPTHS, ranking
 from fxprune.passes.registries import ALLOCATORS, CRITERIA, Allocator, Budget, Criterion, name_of, with_options
 from fxprune.passes.statistics import Scores, Statistics
 from fxprune.passes.trial import trial
@@ -45,15 +47,18 @@ class Chooser:
     statistics: Statistics
     error: Callable[[Kept], float] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    _order: list[Block] = field(default_factory=list)
+    _further: Iterator[Block] | None = None
 
-    def budget(self, kind: str, share: float) -> Budget:
-        """Return what may be kept, with the limits that recipe and groups set."""
+    def budget(self, kind: str, share: float, removed: Mapping[fx.Node, fx.Node] | None = None) -> Budget:
+        """Return what may be kept, with the limits that recipe and groups set; `removed` blocks are gone already."""
         steps = {g.name: step(g, self.multiple) for g in self.eligible}
         own = {g.name: limits(g, self.said[g.name], steps[g.name]) for g in self.eligible if g.name in self.said}
         least = {g.name: max(g.least, math.ceil(self.recipe.floor * g.size)) for g in self.eligible}
         least |= {name: few for name, (few, _) in own.items()}
         error = self.error
-        trial = None if error is None else lambda counts: error(self.best(counts))
+        gone = dict(removed or {})
+        trial = None if error is None else lambda counts: error(self.best(counts, gone))
         return Budget(kind, share, steps, least, own, trial, self.recipe.seed, self.memory)
 
     def kept(self, kind: str, share: float) -> Kept:
@@ -62,19 +67,71 @@ class Chooser:
         Raises:
             TargetError: the target cannot be reached; the text says what can be, and what stands in the way.
         """
-        budget = self.budget(kind, share)
+        removed = self.removed(kind, share)
+        costs = self.costs.without(removed)
+        if removed:
+            share = min(share * self.costs.of(kind, {}) / max(costs.of(kind, {}), 1e-300), 1.0)
+        budget = self.budget(kind, share, removed)
+        groups = self.left(removed)
         try:
-            counts = self.allocate(self.eligible, self.scores, self.costs, budget)
+            counts = self.allocate(groups, self.scores, costs, budget)
         except TargetError as error:
             why = _obstacles(self.analysis, self.groups, self.recipe, self.said, self.multiple)
             raise TargetError(f"{error}.\n{why}") from None
         for name, (few, most) in budget.limits.items():  # an allocation that knows nothing of limits
-            counts[name] = min(max(counts[name], few), most)
-        return self.best(counts)
+            if name in counts:
+                counts[name] = min(max(counts[name], few), most)
+        return self.best(counts, removed)
 
-    def best(self, counts: Mapping[str, int]) -> Kept:
-        """Return the best units of each group."""
-        return Kept({g.axis: _best(self.scores[g.name], counts[g.name]) for g in self.eligible})
+    def best(self, counts: Mapping[str, int], removed: Mapping[fx.Node, fx.Node] | None = None) -> Kept:
+        """Return the best units of each group that has a count."""
+        groups = [g for g in self.eligible if g.name in counts]
+        return Kept({g.axis: _best(self.scores[g.name], counts[g.name]) for g in groups}, removed)
+
+    def left(self, removed: Mapping[fx.Node, fx.Node]) -> list[Group]:
+        """Return the groups of which something is left without some blocks."""
+        if not removed:
+            return self.eligible
+        used = tensors_of(live(self.analysis, removed))
+        return [g for g in self.eligible if any(name in used for name, _ in g.members)]
+
+    def removed(self, kind: str, share: float) -> dict[fx.Node, fx.Node]:
+        """Return the blocks that go: as many as the recipe says, or as do not overshoot the share of the cost.
+
+        Raises:
+            InputError: blocks are to go, and there are no calibration data.
+            TargetError: fewer blocks can go than the recipe says.
+        """
+        setting = self.recipe.blocks
+        if setting == "none":
+            return {}
+        number = None if isinstance(setting, str) else setting.get("remove")
+        gone: dict[fx.Node, fx.Node] = {}
+        for block in self._blocks():
+            if number is not None and len(gone) == number:
+                break
+            more = {**gone, block.total: block.stream}
+            if number is None and self.costs.without(more).of(kind, {}) < share * self.costs.of(kind, {}):
+                break
+            gone = more
+        if number is not None and len(gone) < number:
+            raise TargetError(f"the recipe removes {number} blocks, and only {len(gone)} can go")
+        return gone
+
+    def _blocks(self) -> Iterator[Block]:
+        """The blocks that may go, in their order; found as far as they are asked for."""
+        if self._further is None:
+            whole = [g for g in self.groups if g.name in self.said and self.said[g.name].whole]
+            blocks = [
+                b
+                for b in find_blocks(self.analysis)
+                if not any(all(name in b.parameters for name, _ in g.members) for g in whole)
+            ]
+            self._further = ranking(self.recipe.blocks, blocks, self.analysis, self.statistics.data, self.error)
+        yield from self._order
+        for block in self._further:
+            self._order.append(block)
+            yield block
 
 
 def chooser(
@@ -167,6 +224,8 @@ def functions(recipe: Recipe, data: bool = False) -> tuple[Criterion, Allocator]
     chosen = {"criterion": recipe.criterion, "allocation": recipe.allocation}
     best = dict(zip(chosen, ("obs", "knapsack") if data else ("magnitude", "uniform"), strict=True))
     named = {kind: best[kind] if setting == "auto" else setting for kind, setting in chosen.items()}
+    if recipe.blocks != "none":
+        DEPTHS[name_of(recipe.blocks, "blocks")]
     criterion, allocation = name_of(named["criterion"], "criterion"), name_of(named["allocation"], "allocation")
     return (
         CRITERIA[criterion].bound(named["criterion"]),

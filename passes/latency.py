@@ -31,6 +31,7 @@ from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms
 from fxprune.backends.base import Backend, Runner
 from fxprune.backends.timing import compare
+from fxprune.blocks import live
 from fxprune.costs import Costs
 from fxprune.groups import Group
 from fxprune.kept import Kept
@@ -54,12 +55,14 @@ class Part:
         macs: of its contractions, as dimensions.
         axes: those of groups that its contractions carry.
         points: (multiply-accumulates, seconds), ascending.
+        contractions: those among the nodes.
     """
 
     nodes: list[fx.Node]
     macs: list[Any]
     axes: frozenset[Axis]
     points: list[tuple[float, float]] = field(default_factory=list)
+    contractions: tuple[fx.Node, ...] = ()
 
     @cached_property
     def _curve(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -85,11 +88,18 @@ class LatencyCosts(Costs):
         sum: seconds of all its parts.
     """
 
-    def __init__(self, analysis: Analysis, parts: Sequence[Part], whole: float) -> None:
-        super().__init__(analysis)
+    def __init__(
+        self,
+        analysis: Analysis,
+        parts: Sequence[Part],
+        whole: float,
+        removed: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> None:
+        super().__init__(analysis, removed)
         self.parts = list(parts)
         self.whole = whole
         self.sum = sum(p.seconds(self._total(p.macs, {})) for p in parts)
+        self.alive = self.parts
         self._by_axis: dict[Axis, list[Part]] = {}
         for part in parts:
             for axis in part.axes:
@@ -100,9 +110,18 @@ class LatencyCosts(Costs):
         """The measured time of the whole model over the sum of its parts."""
         return self.whole / self.sum if self.sum else 1.0
 
+    def without(self, removed: Mapping[fx.Node, fx.Node]) -> Costs:
+        """Return the costs without some blocks: without the parts whose contractions are gone."""
+        if not removed:
+            return self
+        result = LatencyCosts(self._analysis, self.parts, self.whole, removed)
+        alive = live(self._analysis, removed)
+        result.alive = [p for p in self.parts if not p.contractions or any(n in alive for n in p.contractions)]
+        return result
+
     def latency(self, counts: Mapping[Axis, int]) -> float:
         """Return the predicted seconds of the whole model."""
-        return self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.parts)
+        return self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.alive)
 
     def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
         """Return the cost called "macs", "params", "memory" or "latency"."""
@@ -112,7 +131,8 @@ class LatencyCosts(Costs):
         """Return by how much the cost grows when the axes of `new` keep so many units."""
         if kind != "latency":
             return super().change(kind, new, counts)
-        touched = {id(p): p for axis in new for p in self._by_axis.get(axis, [])}.values()
+        alive = {id(p) for p in self.alive}
+        touched = {id(p): p for axis in new for p in self._by_axis.get(axis, []) if id(p) in alive}.values()
         after = {**counts, **new}
         grown = sum(p.seconds(self._total(p.macs, after)) - p.seconds(self._total(p.macs, counts)) for p in touched)
         return self.residual * grown
@@ -139,7 +159,7 @@ def split(analysis: Analysis, groups: Sequence[Group]) -> list[Part]:
 def _part(nodes: list[fx.Node], macs: Mapping[fx.Node, list[Any]], free: set[Axis]) -> Part:
     own = [dims for n in nodes for dims in macs.get(n, [])]
     axes = frozenset(a for dims in own for d in dims for a in atoms(d)) & free
-    return Part(list(nodes), own, axes)
+    return Part(list(nodes), own, axes, contractions=tuple(n for n in nodes if n in macs))
 
 
 # ---------------------------------------------------------------------- measuring

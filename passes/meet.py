@@ -109,7 +109,7 @@ def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callab
         except TargetError as error:
             if selections:
                 break
-            kept = _floor(loop)
+            kept = _floor(loop, share)
             fastest = loop.measure(kept, _predicted(costs, kept))
             if fastest.measured < result.requested:
                 raise TargetError(
@@ -136,14 +136,14 @@ def _counts(kept: Kept) -> dict[Any, int]:
 
 
 def _predicted_share(costs: LatencyCosts, kept: Kept) -> float:
-    return costs.latency(_counts(kept)) / costs.latency({})
+    return float(costs.without(kept.removed).of("latency", _counts(kept)) / costs.latency({}))
 
 
 def _predicted(costs: LatencyCosts, kept: Kept) -> float:
     return 1 / _predicted_share(costs, kept)
 
 
-def _floor(loop: _Loop) -> Kept:
+def _floor(loop: _Loop, share: float) -> Kept:
     from fxprune.passes.allocate.ladder import widths
 
     budget = loop.chooser.budget("latency", 1.0)
@@ -151,4 +151,5 @@ def _floor(loop: _Loop) -> Kept:
     def least(group: Group) -> int:
         return widths([group], budget)[0]
 
-    return loop.chooser.best({g.name: least(g) for g in loop.chooser.eligible})
+    removed = loop.chooser.removed("latency", share)
+    return loop.chooser.best({g.name: least(g) for g in loop.chooser.left(removed)}, removed)

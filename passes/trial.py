@@ -75,6 +75,7 @@ class Trial:
     def __call__(self, kept: Kept) -> float:
         """Return the error of the pruned model; infinity where it gives something that is not finite."""
         key = b"".join(ix.tobytes() + b"|" for _, ix in kept.items())
+        key += b"|".join(sorted(node.name.encode() for node in kept.removed))
         if key not in self._known:
             self._known[key] = self._error(kept)
         return self._known[key]

@@ -56,6 +56,8 @@ def module_like(model: nn.Module, analysis: Analysis, kept: Kept, module: fx.Gra
         WriteBackError: the class writes down a number that would have to change, or computes something else with the
             smaller tensors; the text names the line.
     """
+    if kept.removed:
+        raise WriteBackError("whole blocks are removed, and the class's code still calls them; take the graph module")
     solution, dense = _solved(model, analysis, kept)
     small = _smaller(model, analysis, module)
     numbers = _assign(small, solution, dense)
