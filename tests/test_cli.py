@@ -353,7 +353,7 @@ def test_what_compile_refuses(folder: Path, code: int, message: str, arguments: 
         (3, "there is no file 'none.py'", "none.py:net"),
         (
             3,
-            "'nets.py' needs the name of a function that returns a module: nets.py:FACTORY. It defines: Net",
+            "'nets.py' needs the name of a function that returns a module: nets.py:NAME. It defines: Net",
             "nets.py",
         ),
         (3, "'nets.py' has no 'nte'; did you mean 'net'? It defines: Net, net, bare", "nets.py:nte"),
