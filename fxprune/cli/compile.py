@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,14 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from fxprune.api import Pruned, settings_of
+from fxprune import named
+from fxprune.api import Pruned, rebatch, settings_of
 from fxprune.api import compile as compile_model
 from fxprune.api import dry_run as dry_run_model
 from fxprune.backends import BACKENDS
 from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import (
     TARGETS,
-    Batch,
     Groups,
     Inputs,
     Json,
@@ -31,12 +32,13 @@ from fxprune.cli.options import (
     parse_ratios,
     parse_target,
 )
+from fxprune.data import FORMS, read_data
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.passes.choose import functions
 from fxprune.plan import Plan
 from fxprune.recipe import Recipe, read_recipe
 from fxprune.saved import PLAN
-from fxprune.sources import Source, describe_inputs, resolve
+from fxprune.sources import describe_inputs, resolve
 
 
 @command
@@ -89,7 +91,32 @@ def compile(
     inputs: Inputs = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time dense and pruned side by side.")] = True,
     threads: Threads = None,
-    batch: Batch = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows of the example inputs, and of the batches that calibration data are cut into.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help=f"Data that choose what goes and refit what stays: {'; '.join(FORMS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="FILE.py:NAME or MODULE:NAME of a function (output, labels) -> scalar, for criteria."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The same of a function model -> number, for --target max_drop=NUMBER."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would stay and what that costs; --json prints the plan.")
     ] = False,
@@ -121,28 +148,49 @@ def compile(
     }
     made = _read_plan(plan, recipe) if plan is not None else None
     settings = _settings(recipe, given) if made is None else settings_of(made, given)
-    if dry_run:
-        return _dry_run(model, inputs or (), settings, made)
-    if out is None:
-        raise RecipeError("there is no --out DIRECTORY to save the pruned model in; --dry-run needs none")
-    _check_before(settings, out, onnx, overwrite, measure)
+    if dry_run and made is not None:
+        raise RecipeError("--dry-run makes a plan, and --plan gives one: take one of the two")
+    if dry_run and metric is not None:
+        raise RecipeError("--dry-run makes no model whose --metric could be taken: leave out one of the two")
+    if loss is not None and calibration is None:
+        raise RecipeError("--loss is taken on calibration data: give --calibration, too")
+    if not dry_run:
+        _check_before(settings, out, onnx, overwrite, measure, calibration is not None)
     failure = None
     with Progress().running() as progress:
+        data = None
+        if calibration is not None:
+            progress("read the calibration data")
+            data = read_data(calibration, settings.seed)
+        with_data: dict[str, Any] = {
+            "loss": named.function(loss, "a function (output, labels) -> scalar", settings.seed) if loss else None
+        }
+        metric_function = named.function(metric, "a function model -> number", settings.seed) if metric else None
         progress("make the model")
         source = resolve(model, inputs or (), settings.seed)
+        args, kwargs = rebatch(source.args, source.kwargs, batch)
+        source = replace(source, args=args, kwargs=kwargs)
+        notes = [*source.notes, f"example inputs: {describe_inputs(args, kwargs)}"]
+        if data is not None:
+            with_data["calibration"] = data.batches(source)
+            notes.append(f"calibration: {data.describe(with_data['calibration'])}")
+        with_data |= {"kwargs": kwargs, "progress": progress}
+        if dry_run:
+            return _planned(dry_run_model(source.module, args, settings, **with_data), notes)
+        assert out is not None
         pruned = compile_model(
             source.module,
-            source.args,
+            args,
             settings if made is None else None,
-            kwargs=source.kwargs,
-            progress=progress,
             plan=made,
+            metric=metric_function,
+            **with_data,
             **({} if made is None else given),
         )
         if measure:
             progress(f"measure on {settings.backend}")
             try:
-                pruned.measure(threads=threads, batch=batch)
+                pruned.measure(threads=threads)
             except FxpruneError as error:  # what took long to make is saved first
                 failure = error
         progress("save")
@@ -151,7 +199,7 @@ def compile(
         if onnx is not None:
             progress("export to ONNX")
             files.append(pruned.export(onnx))
-    return _compiled(model, source, pruned, out, files, failure)
+    return _compiled(model, notes, pruned, out, files, failure)
 
 
 def _settings(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
@@ -175,14 +223,7 @@ def _read_plan(path: Path, recipe: Path | None) -> Plan:
     return Plan.from_json(data.get("plan", data) if isinstance(data, dict) else {})
 
 
-def _dry_run(model: str, inputs: Sequence[str], settings: Recipe, made: Plan | None) -> Answer:
-    if made is not None:
-        raise RecipeError("--dry-run makes a plan, and --plan gives one: take one of the two")
-    with Progress().running() as progress:
-        progress("make the model")
-        source = resolve(model, inputs, settings.seed)
-        plan = dry_run_model(source.module, source.args, settings, kwargs=source.kwargs, progress=progress)
-    notes = [*source.notes, f"example inputs: {describe_inputs(source.args, source.kwargs)}"]
+def _planned(plan: Plan, notes: list[str]) -> Answer:
     return Answer(
         {"plan": json.loads(plan.to_json()), "notes": notes}, [*(f"note: {n}" for n in notes), *show_plan(plan)]
     )
@@ -205,9 +246,13 @@ def show_plan(plan: Plan) -> list[RenderableType]:
     return [*nothing, *([rows] if plan.groups else []), *lines, *how]
 
 
-def _check_before(settings: Recipe, out: Path, onnx: Path | None, overwrite: bool, measure: bool) -> None:
+def _check_before(
+    settings: Recipe, out: Path | None, onnx: Path | None, overwrite: bool, measure: bool, data: bool
+) -> None:
     """Refuse at once what would otherwise fail after minutes of work."""
-    functions(settings)
+    if out is None:
+        raise RecipeError("there is no --out DIRECTORY to save the pruned model in; --dry-run needs none")
+    functions(settings, data)
     reason = BACKENDS[settings.backend].available()
     if measure and reason is not None:
         raise BackendError(
@@ -225,13 +270,12 @@ def _check_before(settings: Recipe, out: Path, onnx: Path | None, overwrite: boo
 
 
 def _compiled(
-    model: str, source: Source, pruned: Pruned, out: Path, files: list[Path], failure: FxpruneError | None
+    model: str, notes: list[str], pruned: Pruned, out: Path, files: list[Path], failure: FxpruneError | None
 ) -> Answer:
     commands = {
         "load": f"python -c {shlex.quote(f'import fxprune; print(fxprune.load({json.dumps(str(out))}))')}",
         "bench": f"fxprune bench {shlex.quote(str(out))} --against {shlex.quote(model)}",
     }
-    notes = [*source.notes, f"example inputs: {describe_inputs(source.args, source.kwargs)}"]
     data = {
         "out": str(out),
         "files": {str(f): f.stat().st_size for f in files},

@@ -12,8 +12,10 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,6 +30,8 @@ from fxprune.errors import FxpruneError
 INTERNAL, INTERRUPTED = 70, 130
 #: Columns of what is piped into a file.
 WIDTH = 100
+#: Where fxprune's own modules lie.
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(slots=True)
@@ -65,6 +69,22 @@ def _print(answer: Answer, as_json: bool) -> None:
         console.print(item, markup=False, soft_wrap=isinstance(item, str | Text))
 
 
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show fxprune's own warnings as one line each, without the place in its code that they come from."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+            if _PACKAGE in Path(filename).resolve().parents:
+                _err().print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+            else:
+                usual(message, category, filename, *rest)
+
+        warnings.showwarning = show  # type: ignore[assignment]  # the rest is handed on as it is
+        yield
+
+
 def _fail(error: FxpruneError, as_json: bool) -> typer.Exit:
     _err().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
     if as_json:
@@ -80,7 +100,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
     def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
         try:
             # A model's own `print` must not end up between the braces of `--json`, nor in a table.
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), _plain_warnings():
                 answer = function(*args, as_json=as_json, **kwargs)
             if not (as_json and answer.failure):
                 _print(answer, as_json)
