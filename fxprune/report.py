@@ -220,7 +220,7 @@ class Report:
                 f"{after:.3g} (median)"
             )
             worst = sorted(self.refitted, key=lambda r: r.after, reverse=True)[:_WORST]
-            said = (f"{r.name} {r.before:.3g} -> {r.after:.3g}" for r in worst)
+            said = (f"{r.name} {max(r.before, 0):.3g} -> {max(r.after, 0):.3g}" for r in worst)
             lines.append(f"the largest errors of refitted layers: {', '.join(said)}")
         lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
