@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -255,7 +256,7 @@ def compile(
     clock = _Clock(progress)
     with _no_collection(), torch.inference_mode(False):  # inference tensors could not be trained
         chosen = _choose(admitted, args, keywords, settings, dynamic_shapes, clock, plan, calibration, loss)
-        if metric is not None and settings.target.max_drop is not None:
+        if metric is not None:
             return _within_drop(admitted.model, args, keywords, settings, chosen, clock, metric)
         return _compile(admitted.model, args, keywords, settings, chosen, clock)
 
@@ -332,7 +333,9 @@ def _settings(
             f"criterion '{settings.criterion}' takes calibration data: pass `calibration`, a loader of inputs like the "
             "example's, or choose criterion 'magnitude', which needs none"
         )
-    if (target.max_drop is None) != (metric is None):
+    if plan is not None and metric is not None:
+        raise RecipeError("a plan says already what stays: a metric can no longer change it")
+    if plan is None and (target.max_drop is None) != (metric is None):
         raise RecipeError("target max_drop and `metric`, a function from a model to a number, go together")
     if settings.keep_class and (target.clocked or target.max_drop is not None):
         raise RecipeError("keep_class goes with the targets macs and params; the others are met without it")
@@ -461,9 +464,10 @@ def _compile(
     plan = chosen.plan
     report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
     report.refitted, report.clocked = refitted, chosen.clocked
-    report.samples = chosen.data.samples if chosen.data is not None else 0
+    if chosen.data is not None:
+        report.samples, report.random = chosen.data.samples, chosen.data.random
     if chosen.clocked is not None and not chosen.clocked.met(CLOCK_TOLERANCE):
-        report.notes.append(f"the target on the clock was missed: {chosen.clocked.line()}")
+        report.notes.append("the target on the clock was missed")
     return Pruned(
         module=written.module if written else rewritten.module,
         plan=plan,
@@ -492,7 +496,7 @@ def _within_drop(
         TargetError: the least that can be removed already costs more.
     """
     assert settings.target.max_drop is not None
-    dense = metric(model)
+    dense = _measured(metric, model)
     best, worst = None, None
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
@@ -506,7 +510,7 @@ def _within_drop(
         plan = _plan(chosen.analysis, chosen.groups, kept, chosen.costs, settings)
         trial = dataclasses.replace(chosen, kept=kept, plan=plan)
         pruned = _compile(model, args, keywords, settings, trial, clock)
-        drop = dense - metric(pruned.module)
+        drop = dense - _measured(metric, pruned.module)
         if drop <= settings.target.max_drop:
             best, high = pruned, share
             pruned.report.notes.append(f"the metric is {dense - drop:.4g}, dense {dense:.4g}")
@@ -518,6 +522,25 @@ def _within_drop(
             f"multiply-accumulates already; {settings.target.max_drop:.3g} is allowed"
         )
     return best
+
+
+def _measured(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """A user's metric of a model.
+
+    Raises:
+        InputError: it fails, or what it gives is no finite number.
+    """
+    try:
+        value = metric(model)
+    except Exception as error:
+        raise InputError(f"the metric fails: {type(error).__name__}: {error}") from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise InputError(f"the metric gives {str(value)[:60]}, of type {type(value).__name__}, not a finite number")
+    return number
 
 
 def _report(

@@ -16,6 +16,8 @@ from fxprune.prove import Proof
 
 #: A measured speed-up may be so much below what was asked for, as a share.
 CLOCK_TOLERANCE = 0.03
+#: How many refitted layers are named, those that are the furthest off.
+_WORST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Report:
         clocked: how a target on the clock was met.
         refitted: what reconstruction did to each layer.
         samples: of calibration.
+        random: calibration was on random numbers.
         notes: what the user should know.
     """
 
@@ -141,6 +144,7 @@ class Report:
     clocked: Clocked | None = None
     refitted: list[Refitted] = field(default_factory=list)
     samples: int = 0
+    random: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -207,12 +211,17 @@ class Report:
         ]
         if self.clocked is not None:
             lines.append(self.clocked.line())
+        if self.samples:
+            lines.append(f"calibrated on {self.samples} samples" + (" of random numbers" if self.random else ""))
         if self.refitted:
             before, after = (statistics.median(getattr(r, k) for r in self.refitted) for k in ("before", "after"))
             lines.append(
-                f"refitted {len(self.refitted)} layers after the proof on {self.samples} samples: relative error of a "
-                f"layer {before:.3g} -> {after:.3g} (median)"
+                f"refitted {len(self.refitted)} layers after the proof: relative error of a layer {before:.3g} -> "
+                f"{after:.3g} (median)"
             )
+            worst = sorted(self.refitted, key=lambda r: r.after, reverse=True)[:_WORST]
+            said = (f"{r.name} {max(r.before, 0):.3g} -> {max(r.after, 0):.3g}" for r in worst)
+            lines.append(f"the largest errors of refitted layers: {', '.join(said)}")
         lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
         return lines

@@ -199,7 +199,7 @@ def read_report(data: dict[str, Any]) -> Any:
     """Return a report from its JSON."""
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
-    from fxprune.report import Latency, Pair, Report
+    from fxprune.report import Attempt, Clocked, Latency, Pair, Refitted, Report
 
     latency = [
         Latency(
@@ -212,6 +212,10 @@ def read_report(data: dict[str, Any]) -> Any:
         )
         for row in data["latency"]
     ]
+    clocked = data.get("clocked")
+    if clocked is not None:
+        attempts = [Attempt(**{**a, "interval": tuple(a["interval"])}) for a in clocked["attempts"]]
+        clocked = Clocked(**{**clocked, "attempts": attempts})
     return Report(
         **{
             **data,
@@ -220,6 +224,8 @@ def read_report(data: dict[str, Any]) -> Any:
             "proof": Proof(**data["proof"]),
             "groups": [GroupPlan(**g) for g in data["groups"]],
             "latency": latency,
+            "clocked": clocked,
+            "refitted": [Refitted(**r) for r in data.get("refitted", [])],
         }
     )
 

@@ -5,11 +5,9 @@ Nothing is ever downloaded: what a name cannot give (weights, code) is said to b
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -22,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune import named
 from fxprune.capture import example
 from fxprune.errors import FxpruneError, InputError
 from fxprune.registry import nearest
@@ -29,7 +28,7 @@ from fxprune.registry import nearest
 FORMS = (
     "timm:NAME",
     "hf:DIRECTORY or hf:CONFIG.json",
-    "FILE.py:FACTORY",
+    "FILE.py:FACTORY or MODULE:FACTORY",
     "FILE.pt2",
     "a directory that fxprune saved",
 )
@@ -72,7 +71,7 @@ def resolve(model: str, inputs: Sequence[str] = (), seed: int = 0, needs_inputs:
     given = [parse_input(text) for text in inputs]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        source = _reader(model)()
+        source = _reader(model, seed)()
         if given:
             source = _with_inputs(source, given)
     if needs_inputs and not source.has_inputs:
@@ -83,18 +82,15 @@ def resolve(model: str, inputs: Sequence[str] = (), seed: int = 0, needs_inputs:
     return source
 
 
-def _reader(model: str) -> Callable[[], Source]:
+def _reader(model: str, seed: int) -> Callable[[], Source]:
     """The function that reads this kind of MODEL."""
     kind, _, rest = model.partition(":")
     if kind == "timm":
         return lambda: _timm(rest)
     if kind == "hf":
         return lambda: _transformers(Path(rest))
-    path, _, factory = model.rpartition(":")
-    if path.endswith(".py"):
-        return lambda: _python(Path(path), factory)
-    if model.endswith(".py"):
-        raise InputError(_no_factory(Path(model), ""))
+    if named.is_name(model):
+        return lambda: _python(model, seed)
     if model.endswith(".pt2"):
         return lambda: _exported(Path(model))
     if Path(model).is_dir():
@@ -337,67 +333,22 @@ def _transformers_inputs(config: Any, module: Any) -> dict[str, Any]:
     return inputs
 
 
-def _no_factory(path: Path, factory: str) -> str:
-    """Why FILE.py:FACTORY names nothing, and what the file has."""
-    try:
-        tree = ast.parse(path.read_text())
-        names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        names = []
-    has = f"It defines: {', '.join(names)}" if names else "It defines no function"
-    if not path.is_file():
-        return f"there is no file '{path}'"
-    if not factory:
-        return f"'{path}' needs the name of a function that returns a module: {path}:FACTORY. {has}"
-    return f"'{path}' has no '{factory}'{nearest(factory, names)}. {has}".replace("?.", "?")
+_FACTORY = "a function that returns a module"
 
 
-def _python(path: Path, factory: str) -> Source:
-    if not path.is_file() or not factory:
-        raise InputError(_no_factory(path, factory))
-    # Under a name of its own, so that a file called torch.py hides nothing.
-    name = f"fxprune_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look their module up there
-    # Its neighbours can be imported, as when Python runs the file; also later, from inside a function.
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"'{path}' cannot be imported: {_where(error, path)}") from error
-    made = getattr(module, factory, None)
-    if made is None:
-        raise InputError(_no_factory(path, factory))
+def _python(name: str, seed: int) -> Source:
+    made = named.load(name, _FACTORY, seed)
     if not isinstance(made, nn.Module):
         if not callable(made):
-            raise InputError(
-                f"'{path}:{factory}' is of type {type(made).__name__}, not a function that returns a module"
-            )
-        try:
-            made = made()
-        except Exception as error:
-            raise InputError(f"'{path}:{factory}' failed: {_where(error, path)}") from error
+            raise InputError(f"'{name}' is of type {type(made).__name__}, not {_FACTORY}")
+        made = named.call(name, made)
     inputs: Any = ()
     if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
     if not isinstance(made, nn.Module):
-        raise InputError(f"'{path}:{factory}' returns {type(made).__name__}, not a module or (module, example inputs)")
+        raise InputError(f"'{name}' returns {type(made).__name__}, not a module or (module, example inputs)")
     args, kwargs = example(inputs)
     return Source(made, args, kwargs)
-
-
-def _where(error: BaseException, path: Path) -> str:
-    """An exception in one line, with the last line of the user's file that it came through."""
-    line, frame = None, error.__traceback__
-    while frame is not None:
-        if Path(frame.tb_frame.f_code.co_filename).resolve() == path.resolve():
-            line = frame.tb_lineno
-        frame = frame.tb_next
-    at = f" (line {line})" if line else ""
-    return f"{type(error).__name__}: {error}{at}"
 
 
 def _exported(path: Path) -> Source:

@@ -67,11 +67,17 @@ class _Layout:
     args: int = field(init=False)
     names: list[str] = field(init=False)
     places: list[str] = field(init=False)
+    rows: dict[str, tuple[str, int]] = field(init=False)  # input -> the table that it is looked up in, and its rows
 
     def __post_init__(self) -> None:
         example = pytree.tree_unflatten(list(range(len(self.captured.inputs))), self.captured.in_spec)
         self.args, self.names = len(example[0]), list(example[1])
         self.places = [str(n.target) for n in self.captured.graph.nodes if n.op == "placeholder"]
+        self.rows = {}
+        for node in self.captured.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+            table, indices = node.args[:2]
+            if table.op == "get_attr" and indices.op == "placeholder":
+                self.rows[str(indices.target)] = str(table.target), len(self.captured.tensors[str(table.target)])
 
     def batch(self, item: Any) -> Batch:
         args, kwargs, labels = self._parts(item)
@@ -87,6 +93,8 @@ class _Layout:
                 raise InputError(f"calibration: '{name}' is {type(leaf).__name__}, not {type(example).__name__}")
             if not isinstance(leaf, Tensor):
                 continue
+            if _kind(leaf) != _kind(example):
+                raise InputError(f"calibration: '{name}' is {_dtype(leaf)}, the example {_dtype(example)}")
             fits = leaf.dim() == example.dim() and all(
                 a == b or (name, i) in dynamic for i, (a, b) in enumerate(zip(leaf.shape, example.shape, strict=True))
             )
@@ -100,14 +108,18 @@ class _Layout:
                 raise InputError(f"calibration: '{name}' is empty, of the shape {tuple(leaf.shape)}")
             if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 raise InputError(f"calibration: '{name}' holds NaN or infinite values")
+            if name in self.rows and not 0 <= int(leaf.min()) <= int(leaf.max()) < self.rows[name][1]:
+                table, rows = self.rows[name]
+                raise InputError(
+                    f"calibration: '{name}' holds {int(leaf.min())} to {int(leaf.max())}, but '{table}' has {rows} rows"
+                )
         for symbol in self.captured.symbols:
             sizes = {f"'{n}'": int(leaves[self.places.index(n)].shape[d]) for n, d in symbol.places}
             if len(set(sizes.values())) > 1:
                 said = ", ".join(f"{n}: {size}" for n, size in sizes.items())
                 raise InputError(f"calibration: the {symbol.name} sizes of one batch differ: {said}")
         leaves = [
-            x.to(dtype=e.dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != e.dtype else x
-            for x, e in zip(leaves, self.captured.inputs, strict=True)
+            x.to(e.dtype) if isinstance(x, Tensor) else x for x, e in zip(leaves, self.captured.inputs, strict=True)
         ]
         return Batch(leaves, labels)
 
@@ -116,7 +128,9 @@ class _Layout:
         if isinstance(item, Mapping):
             known = {k: item[k] for k in self.names if k in item}
             rest = {k: v for k, v in item.items() if k not in known}
-            args = tuple(rest.pop(k) for k in list(rest)[: self.args]) if self.args else ()
+            called = [n for n in self.places if n in rest]  # as the model's own inputs are
+            keys = called if len(called) == self.args else list(rest)[: self.args]
+            args = tuple(rest.pop(k) for k in keys)
             labels = next(iter(rest.values())) if len(rest) == 1 else rest or None
             return args, known, labels
         if not isinstance(item, Sequence) or isinstance(item, Tensor):
@@ -149,6 +163,8 @@ def calibration(source: Any, captured: Captured, loss: Loss | None = None, seed:
             or labels are missing that the loss takes.
     """
     random = isinstance(source, int) and not isinstance(source, bool)
+    if random and source < 1:
+        raise InputError(f"calibration: {source} is no number of samples; take a few hundred")
     if random:
         warnings.warn(
             "calibration on random numbers: what is kept suits these, not the data that the model will see",
@@ -206,6 +222,15 @@ def apply_loss(loss: Loss, output: Any, labels: Any) -> Tensor:
     if not bool(torch.isfinite(value.detach())):
         raise NonFiniteError(f"calibration: the loss is {float(value.detach())}")
     return value.reshape(())
+
+
+def _kind(x: Tensor) -> str:
+    """What cannot be turned into another without changing what it means; flags and whole numbers are one."""
+    return "complex" if x.is_complex() else "float" if x.is_floating_point() else "whole"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _outline(value: Any) -> str:

@@ -353,7 +353,7 @@ def test_what_compile_refuses(folder: Path, code: int, message: str, arguments: 
         (3, "there is no file 'none.py'", "none.py:net"),
         (
             3,
-            "'nets.py' needs the name of a function that returns a module: nets.py:FACTORY. It defines: Net",
+            "'nets.py' needs the name of a function that returns a module: nets.py:NAME. It defines: Net",
             "nets.py",
         ),
         (3, "'nets.py' has no 'nte'; did you mean 'net'? It defines: Net, net, bare", "nets.py:nte"),
@@ -396,7 +396,7 @@ def test_an_unexpected_error_is_printed_whole(folder: Path, monkeypatch: pytest.
     def explode(*_args: object, **_kwargs: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(cli, "Explainer", explode)
+    monkeypatch.setattr(cli.explain, "Explainer", explode)
     result = run("explain", "nets.py:net", code=cli.INTERNAL)
     assert "ZeroDivisionError: a defect" in result.stderr
     assert "`fxprune doctor` prints" in result.stderr
@@ -407,7 +407,7 @@ def test_control_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "Explainer", interrupt)
+    monkeypatch.setattr(cli.explain, "Explainer", interrupt)
     assert run("explain", "nets.py:net", code=cli.INTERRUPTED).stderr.endswith("stopped\n")
 
 

@@ -114,15 +114,15 @@ def report(name: str) -> str:
     make, shape = MODELS[name]
     explainer = Explainer(make(), (torch.randn(shape),))
     explanation = explainer.explain()
-    pieces = [text(cli.show_explanation(explanation, "the example input"))]
+    pieces = [text(cli.explain.show_explanation(explanation, "the example input"))]
     for group in explanation.groups:
         carriers = [without_sources(c) for c in explainer.carriers(group.name)]
-        pieces.append(f"--group {group.name}\n" + text(cli.show_group(group, carriers)))
+        pieces.append(f"--group {group.name}\n" + text(cli.explain.show_group(group, carriers)))
     for first, second in PAIRS[name]:
-        shown = text(cli.show_coupling(explainer.coupled(first, second)))
+        shown = text(cli.explain.show_coupling(explainer.coupled(first, second)))
         pieces.append(f"--coupled {first} {second}\n" + re.sub(r" \([^()]*:\d+ in \w+\)", "", shown))
     frozen = [replace(w, cause=without_sources(w.cause)) if w.cause else w for w in explanation.frozen]
-    pieces.append("--frozen\n" + text(cli.show_frozen(frozen)))
+    pieces.append("--frozen\n" + text(cli.explain.show_frozen(frozen)))
     return "\n\n".join(pieces) + "\n"
 
 
