@@ -16,6 +16,8 @@ __all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Criterion", "criterion", "loa
 def load() -> None:
     """Import every criterion and allocator, so that the registries are full."""
     from fxprune.passes.allocate import (  # noqa: F401  (imported for what they register)
+        amc,
+        chain,
         evolution,
         isomorphic,
         knapsack,

@@ -10,6 +10,7 @@ as a factor.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms
 from fxprune.backends.base import Backend, Runner
 from fxprune.backends.timing import compare
-from fxprune.costs import Costs
+from fxprune.costs import Costs, Term
 from fxprune.groups import Group
 from fxprune.kept import Kept
 from fxprune.rewrite import Rewritten, rewrite
@@ -54,15 +55,15 @@ class Part:
     axes: frozenset[Axis]
     points: list[tuple[float, float]] = field(default_factory=list)
 
-    def seconds(self, macs: float) -> float:
-        """Return the time at so many multiply-accumulates, on the lower monotone envelope."""
+    def seconds(self, macs: Any) -> Any:
+        """Return the time at so many multiply-accumulates, a number or an array, on the lower monotone envelope."""
         if not self.points:
-            return 0.0
+            return np.zeros(np.shape(macs)) if np.ndim(macs) else 0.0
         x = np.array([p[0] for p in self.points])
         y = np.minimum.accumulate(np.array([p[1] for p in self.points])[::-1])[::-1]
-        if macs < x[0]:  # below the grid: towards half of the smallest's time at no work
-            return float(y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0)))
-        return float(np.interp(macs, x, y))
+        below = y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0))  # the grid: towards half of the smallest's time at no work
+        found = np.where(macs < x[0], below, np.interp(macs, x, y))
+        return found if np.ndim(macs) else float(found)
 
 
 class LatencyCosts(Costs):
@@ -90,7 +91,7 @@ class LatencyCosts(Costs):
 
     def latency(self, counts: Mapping[Axis, int]) -> float:
         """Return the predicted seconds of the whole model."""
-        return self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.parts)
+        return float(self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.parts))
 
     def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
         """Return the cost called "macs", "params", "memory" or "latency"."""
@@ -104,6 +105,16 @@ class LatencyCosts(Costs):
         after = {**counts, **new}
         grown = sum(p.seconds(self._total(p.macs, after)) - p.seconds(self._total(p.macs, counts)) for p in touched)
         return self.residual * grown
+
+    def terms(self, kind: str) -> list[Term] | None:
+        """Return the summands of a cost; of latency one for each part."""
+        if kind != "latency":
+            return super().terms(kind)
+
+        def cost(part: Part, counts: Mapping[Axis, Any]) -> Any:
+            return self.residual * part.seconds(self._total(part.macs, counts))
+
+        return [Term(p.axes, functools.partial(cost, p)) for p in self.parts]
 
 
 def split(analysis: Analysis, groups: Sequence[Group]) -> list[Part]:

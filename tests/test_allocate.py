@@ -84,6 +84,10 @@ X = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 DATA = [torch.randn(64, 8, generator=torch.Generator().manual_seed(s)) for s in range(2, 5)]
 
 
+#: Options of allocators that try many models.
+QUICK: dict[str, dict[str, Any]] = {"spdy": {"trials": 6}, "amc": {"episodes": 12, "warmup": 6}}
+
+
 def loss(model: nn.Module, pruned: nn.Module) -> float:
     with torch.no_grad():
         y, z = model(X), pruned(X)
@@ -95,7 +99,7 @@ def loss(model: nn.Module, pruned: nn.Module) -> float:
 def test_every_allocator_meets_the_target(net: nn.Module, name: str, kind: str) -> None:
     """Within the budget, and not far below it, whatever the cost."""
     share = 0.7 if kind == "memory" else 0.5
-    setting = {"name": name, "trials": 6} if name == "spdy" else name
+    setting = {"name": name, **QUICK.get(name, {})}
     plan = fxprune.dry_run(net, X, target={kind: share}, round_to=1, calibration=DATA, allocation=setting)
     analysis = analyse(capture(net, (X,), {}))
     counts = {axis: len(ix) for axis, ix in plan.selection(analysis).items()}
@@ -108,12 +112,15 @@ def test_every_allocator_meets_the_target(net: nn.Module, name: str, kind: str) 
     ), "the same seed gives the same plan"
 
 
-@pytest.mark.parametrize("name", ["knapsack", "spdy", "sensitivity", "equal_loss", "netadapt", "evolution", "global"])
+@pytest.mark.parametrize(
+    "name", ["amc", "chain", "equal_loss", "evolution", "global", "knapsack", "netadapt", "sensitivity", "spdy"]
+)
 def test_searches_beat_uniform(net: nn.Module, name: str) -> None:
     """They find out that one branch hardly matters."""
     settings_: dict[str, Any] = {"target": {"macs": 0.6}, "round_to": 1, "calibration": DATA, "floor": 0.1}
     alike = loss(net, fxprune.compile(net, X, allocation="uniform", **settings_).module)
-    assert loss(net, fxprune.compile(net, X, allocation=name, **settings_).module) < alike
+    setting = {"name": name, "episodes": 40, "warmup": 20} if name == "amc" else name
+    assert loss(net, fxprune.compile(net, X, allocation=setting, **settings_).module) < alike
 
 
 def test_more_budget_loses_less(net: nn.Module) -> None:
