@@ -85,7 +85,7 @@ def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     groups, options = (4, 4) if small else (200, 32)
     losses = falling(groups, options, generator)
-    costs = [np.arange(1, options + 1) * generator.uniform(0.1, 1.0) for _ in range(groups)]
+    costs = [np.arange(1.0, options + 1) * float(generator.uniform(0.1, 1.0)) for _ in range(groups)]
     budget = SHARE * sum(float(c.max()) for c in costs)
     seconds, choice = timed(lambda: cheapest(losses, costs, budget), rounds)
     row_ = {"problem": "knapsack", "groups": groups, "options": options, "buckets": KNAPSACK_BUCKETS}
@@ -101,7 +101,11 @@ def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
         quick, relaxed = timed(lambda p=problem: relax(p, [0] * len(p.losses)), rounds)  # type: ignore[misc]
         rows.append(
             {
-                **{"problem": name, "groups": count, "options": options, "buckets": BUCKETS, "seconds": seconds},
+                "problem": name,
+                "groups": count,
+                "options": options,
+                "buckets": BUCKETS,
+                "seconds": seconds,
                 "used": problem.cost(choice) / problem.budget,
                 "gap": problem.loss(choice) / bound - 1,
                 "relaxed_gap": problem.loss(relaxed) / bound - 1,
@@ -114,7 +118,7 @@ def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """Return the figures as a rich table."""
     result = Table(title="exact allocation, one solution")
-    for column in ("problem", "groups", "options", "buckets", "s", "budget used", "gap", "relaxed: s", "relaxed: gap"):
+    for column in ("problem", "groups", "widths", "buckets", "s", "used", "gap", "relaxed s", "gap"):
         result.add_column(column, justify="left" if column == "problem" else "right")
     for r in rows:
         size = (str(r[key]) for key in ("groups", "options", "buckets"))

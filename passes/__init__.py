@@ -3,6 +3,7 @@
 - `criteria/`  one file each: (group, statistics) -> one score for each unit; high scores stay
 - `allocate/`  one file each: (groups, scores, costs, target) -> how many units each group keeps
 - `statistics` what criteria may ask of the model; `gather` collects it from `calibration` batches
+- `plots`      pictures of sensitivity curves
 - `consumers`  products with weights as matrices; `obs` the mathematics of removing columns; `reconstruct` refits layers
 
 `CRITERIA` and `ALLOCATORS` are the registries; `load` fills them.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
+from bench import allocation_time
 from fxprune import passes
 from fxprune.analyse import Analysis, analyse
 from fxprune.capture import capture
@@ -321,3 +322,11 @@ def test_nothing_to_choose() -> None:
     plan = fxprune.dry_run(row(), torch.randn(2, 3, 6, 6), target={"macs": 1.0}, allocation="chain")
     assert all(g.kept == g.size for g in plan.groups)
     assert chain([], {}, Costs(analysis), Budget("macs", 1.0, {}, {})) == {} and groups
+
+
+def test_the_measurement_of_time_works() -> None:
+    """On small problems; the figures themselves belong to no test."""
+    rows = allocation_time.measure(1, small=True)
+    assert [r["problem"] for r in rows] == ["knapsack", "row of layers", "residual stages"]
+    assert all(r["seconds"] > 0 and r["used"] <= 1 for r in rows)
+    assert allocation_time.table(rows).row_count == 3
