@@ -8,7 +8,9 @@ torch.Size([5, 4])
 """
 
 from fxprune.api import Pruned, compile, dry_run
+from fxprune.curves import sensitivity
 from fxprune.errors import FxpruneError
+from fxprune.passes.plots import plot_sensitivity
 from fxprune.plan import Plan
 from fxprune.recipe import Recipe
 from fxprune.report import Report
@@ -16,4 +18,16 @@ from fxprune.rules.core import register_rule
 from fxprune.saved import load
 
 __version__ = "0.1.0"
-__all__ = ["FxpruneError", "Plan", "Pruned", "Recipe", "Report", "compile", "dry_run", "load", "register_rule"]
+__all__ = [
+    "FxpruneError",
+    "Plan",
+    "Pruned",
+    "Recipe",
+    "Report",
+    "compile",
+    "dry_run",
+    "load",
+    "plot_sensitivity",
+    "register_rule",
+    "sensitivity",
+]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,6 +17,20 @@ from fxprune.blocks import live, tensors_of
 from fxprune.rules.core import Dims
 
 Counts = Mapping[Axis, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of a cost.
+
+    Attributes:
+        axes: those that it depends on.
+        cost: kept units of these axes (of others: all) -> cost. Takes arrays that broadcast against each other in the
+            place of numbers, and then returns the table of all their combinations.
+    """
+
+    axes: frozenset[Axis]
+    cost: Callable[[Mapping[Axis, Any]], Any]
 
 
 class Costs:
@@ -63,11 +80,11 @@ class Costs:
 
     def macs(self, counts: Counts) -> int:
         """Return the multiply-accumulates of one forward pass on the example inputs."""
-        return self._total(self._macs, counts)
+        return int(self._total(self._macs, counts))
 
     def params(self, counts: Counts) -> int:
         """Return the number of parameters that the graph uses."""
-        return self._total(list(self._parameters.values()), counts)
+        return int(self._total(list(self._parameters.values()), counts))
 
     def memory(self, counts: Counts) -> int:
         """Return the bytes of all tensors of the graph and of the most activations alive at a time.
@@ -83,7 +100,7 @@ class Costs:
                 alive += sizes[node]
                 most = max(most, alive)
             alive -= sum(sizes.get(n, 0) for n in self._last.get(node, ()))
-        return weights + most
+        return int(weights + most)
 
     def of(self, kind: str, counts: Counts) -> int:
         """Return the cost called "macs", "params" or "memory"."""
@@ -102,26 +119,35 @@ class Costs:
             return self.memory({**counts, **new}) - self.memory(counts)
         users = {id(dims): dims for axis in new for dims in self._users.get((kind, axis), [])}
         many = list(users.values())
-        return self._total(many, {**counts, **new}) - self._total(many, counts)
+        return int(self._total(many, {**counts, **new}) - self._total(many, counts))
+
+    def terms(self, kind: str) -> list[Term] | None:
+        """Return the summands of a cost, those of the same axes as one; None where it is no sum, as memory is none."""
+        if kind not in ("macs", "params"):
+            return None
+        scopes: dict[frozenset[Axis], list[Dims]] = {}
+        for dims in self._macs if kind == "macs" else self._parameters.values():
+            scopes.setdefault(frozenset(a for d in dims for a in atoms(d)), []).append(dims)
+        return [Term(axes, partial(self._total, many)) for axes, many in scopes.items()]
 
     def per_unit(self, kind: str, axis: Axis) -> int:
         """Return how much of the dense cost goes with one unit of an axis."""
         return -self.change(kind, {axis: axis.size - 1}, {})
 
-    def _total(self, many: list[Dims], counts: Counts) -> int:
-        known: dict[Dim, int] = {}
-        total = 0
+    def _total(self, many: list[Dims], counts: Mapping[Axis, Any]) -> Any:
+        known: dict[Dim, Any] = {}
+        total: Any = 0
         for dims in many:
-            cost = 1
+            cost: Any = 1
             for dim in dims:
                 size = known.get(dim)
                 if size is None:
                     size = known[dim] = self._size(dim, counts)
-                cost *= size
-            total += cost
+                cost = cost * size  # not in place: sizes may be arrays that broadcast
+            total = total + cost
         return total
 
-    def _size(self, dim: Dim, counts: Counts) -> int:
+    def _size(self, dim: Dim, counts: Mapping[Axis, Any]) -> Any:
         if isinstance(dim, Axis):
             return counts.get(dim, dim.size)
         if isinstance(dim, Fixed):

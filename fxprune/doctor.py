@@ -32,6 +32,7 @@ PACKAGES = {
     "onnxruntime": "backend onnxruntime",
     "tensorrt": "backend tensorrt",
     "tensorrt-rtx": "backend tensorrt-rtx",
+    "matplotlib": "plots",
     "timm": "timm:NAME",
     "transformers": "hf:DIRECTORY",
 }

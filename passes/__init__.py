@@ -3,6 +3,7 @@
 - `criteria/`  one file each: (group, statistics) -> one score for each unit; high scores stay
 - `allocate/`  one file each: (groups, scores, costs, target) -> how many units each group keeps
 - `statistics` what criteria may ask of the model; `gather` collects it from `calibration` batches
+- `plots`      pictures of sensitivity curves
 - `consumers`  products with weights as matrices; `obs` the mathematics of removing columns; `reconstruct` refits layers
 
 `CRITERIA` and `ALLOCATORS` are the registries; `load` fills them.
@@ -16,6 +17,8 @@ __all__ = ["ALLOCATORS", "CRITERIA", "Allocator", "Criterion", "criterion", "loa
 def load() -> None:
     """Import every criterion and allocator, so that the registries are full."""
     from fxprune.passes.allocate import (  # noqa: F401  (imported for what they register)
+        amc,
+        chain,
         evolution,
         isomorphic,
         knapsack,

@@ -10,6 +10,7 @@ as a factor.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import operator
@@ -32,7 +33,7 @@ from fxprune.axes import Axis, atoms
 from fxprune.backends.base import Backend, Runner
 from fxprune.backends.timing import compare
 from fxprune.blocks import live
-from fxprune.costs import Costs
+from fxprune.costs import Costs, Term
 from fxprune.groups import Group
 from fxprune.kept import Kept
 from fxprune.rewrite import Rewritten, rewrite
@@ -70,14 +71,18 @@ class Part:
         x, y = (np.array(values) for values in zip(*self.points, strict=True))
         return x, isotonic_regression(y, weights=1 / np.maximum(y, 1e-12) ** 2).x
 
-    def seconds(self, macs: float) -> float:
-        """Return the time at so many multiply-accumulates, on the monotone curve nearest to the measured points."""
+    def seconds(self, macs: Any) -> Any:
+        """Return the time at so many multiply-accumulates, on the monotone curve nearest to the measured points.
+
+        Args:
+            macs: a number or an array.
+        """
         if not self.points:
-            return 0.0
+            return np.zeros(np.shape(macs)) if np.ndim(macs) else 0.0
         x, y = self._curve
-        if macs < x[0]:  # below the grid: towards half of the smallest's time at no work
-            return float(y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0)))
-        return float(np.interp(macs, x, y))
+        below = y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0))  # the grid: towards half of the smallest's time at no work
+        found = np.where(macs < x[0], below, np.interp(macs, x, y))
+        return found if np.ndim(macs) else float(found)
 
 
 class LatencyCosts(Costs):
@@ -121,7 +126,7 @@ class LatencyCosts(Costs):
 
     def latency(self, counts: Mapping[Axis, int]) -> float:
         """Return the predicted seconds of the whole model."""
-        return self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.alive)
+        return float(self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.alive))
 
     def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
         """Return the cost called "macs", "params", "memory" or "latency"."""
@@ -136,6 +141,16 @@ class LatencyCosts(Costs):
         after = {**counts, **new}
         grown = sum(p.seconds(self._total(p.macs, after)) - p.seconds(self._total(p.macs, counts)) for p in touched)
         return self.residual * grown
+
+    def terms(self, kind: str) -> list[Term] | None:
+        """Return the summands of a cost; of latency one for each part."""
+        if kind != "latency":
+            return super().terms(kind)
+
+        def cost(part: Part, counts: Mapping[Axis, Any]) -> Any:
+            return self.residual * part.seconds(self._total(part.macs, counts))
+
+        return [Term(p.axes, functools.partial(cost, p)) for p in self.alive]
 
 
 def split(analysis: Analysis, groups: Sequence[Group]) -> list[Part]:

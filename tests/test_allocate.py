@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from fxprune.costs import Costs
 from fxprune.errors import TargetError
 from fxprune.groups import find_groups
 from fxprune.passes import ALLOCATORS
+from fxprune.passes.allocate.amc import Walk
 from fxprune.passes.allocate.knapsack import cheapest
+from fxprune.passes.allocate.ladder import widths
 from fxprune.passes.latency import Part, split, tables
+from fxprune.passes.registries import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 passes.load()
@@ -84,6 +87,10 @@ X = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 DATA = [torch.randn(64, 8, generator=torch.Generator().manual_seed(s)) for s in range(2, 5)]
 
 
+#: Options of allocators that try many models.
+QUICK: dict[str, dict[str, Any]] = {"spdy": {"trials": 6}, "amc": {"episodes": 12, "warmup": 6}}
+
+
 def loss(model: nn.Module, pruned: nn.Module) -> float:
     with torch.no_grad():
         y, z = model(X), pruned(X)
@@ -95,7 +102,7 @@ def loss(model: nn.Module, pruned: nn.Module) -> float:
 def test_every_allocator_meets_the_target(net: nn.Module, name: str, kind: str) -> None:
     """Within the budget, and not far below it, whatever the cost."""
     share = 0.7 if kind == "memory" else 0.5
-    setting = {"name": name, "trials": 6} if name == "spdy" else name
+    setting = {"name": name, **QUICK.get(name, {})}
     plan = fxprune.dry_run(net, X, target={kind: share}, round_to=1, calibration=DATA, allocation=setting)
     analysis = analyse(capture(net, (X,), {}))
     counts = {axis: len(ix) for axis, ix in plan.selection(analysis).items()}
@@ -108,12 +115,58 @@ def test_every_allocator_meets_the_target(net: nn.Module, name: str, kind: str) 
     ), "the same seed gives the same plan"
 
 
-@pytest.mark.parametrize("name", ["knapsack", "spdy", "sensitivity", "equal_loss", "netadapt", "evolution", "global"])
+@pytest.mark.parametrize(
+    "name", ["amc", "chain", "equal_loss", "evolution", "global", "knapsack", "netadapt", "sensitivity", "spdy"]
+)
 def test_searches_beat_uniform(net: nn.Module, name: str) -> None:
     """They find out that one branch hardly matters."""
     settings_: dict[str, Any] = {"target": {"macs": 0.6}, "round_to": 1, "calibration": DATA, "floor": 0.1}
     alike = loss(net, fxprune.compile(net, X, allocation="uniform", **settings_).module)
-    assert loss(net, fxprune.compile(net, X, allocation=name, **settings_).module) < alike
+    setting = {"name": name, "episodes": 40, "warmup": 20} if name == "amc" else name
+    assert loss(net, fxprune.compile(net, X, allocation=setting, **settings_).module) < alike
+
+
+def amc_problem(net: nn.Module, share: float, error: Any) -> tuple[Any, ...]:
+    analysis = analyse(capture(net, (X,), {}))
+    groups = find_groups(analysis)
+    names = [g.name for g in groups]
+    budget = Budget("macs", share, dict.fromkeys(names, 4), dict.fromkeys(names, 1), error=error)
+    return groups, {g.name: np.arange(g.size) + 1.0 for g in groups}, Costs(analysis), budget
+
+
+def test_the_agent_learns_what_is_rewarded(net: nn.Module) -> None:
+    """Its later models are better than its first ones, which are drawn at random; no other random state is touched."""
+    tried: list[float] = []
+
+    def error(counts: Mapping[str, int]) -> float:
+        first, *rest = counts.values()
+        tried.append((1 - first / 32) ** 2 + 0.1 * sum((1 - n / 64) ** 2 for n in rest))
+        return tried[-1]
+
+    before = torch.get_rng_state()
+    groups, scores, costs, budget = amc_problem(net, 0.5, error)
+    options = {"episodes": 150, "warmup": 30, "decay": 0.95}
+    found = ALLOCATORS["amc"](groups, scores, costs, budget, **options)
+    assert torch.equal(before, torch.get_rng_state())
+    assert costs.macs({g.axis: found[g.name] for g in groups}) <= 0.5 * costs.macs({})
+    assert min(tried) == pytest.approx(error(found))
+    assert np.mean(tried[-10:]) < np.mean(tried[:10])
+    assert ALLOCATORS["amc"](groups, scores, costs, budget, **options) == found
+
+
+def test_no_action_puts_the_budget_out_of_reach(net: nn.Module) -> None:
+    """The widest that a group may be leaves room for the floors of all others, one step more does not."""
+    groups, _, costs, budget = amc_problem(net, 0.3, None)
+    options = {g.name: widths([g], budget) for g in groups}
+    allowed = 0.3 * costs.macs({})
+    walk = Walk(groups, costs, "macs", options, float(costs.macs({})), allowed)
+    kept = walk.begin()
+    for number, group in enumerate(groups):
+        place = walk.widest(number, kept)
+        wider = options[group.name][place + 1 : place + 2]
+        assert all(costs.macs({**kept, group.axis: n}) > allowed for n in wider)
+        kept[group.axis] = options[group.name][place]
+        assert costs.macs(kept) <= allowed
 
 
 def test_more_budget_loses_less(net: nn.Module) -> None:

@@ -255,6 +255,7 @@ X = torch.randn(4, 6)
         (None, {"reconstruction": "least_squares"}, RecipeError, "takes calibration data"),
         (None, {"criterion": "obs"}, InputError, "takes calibration data"),
         (None, {"allocation": "spdy"}, InputError, "allocation 'spdy' tries models on calibration data"),
+        (None, {"allocation": "amc"}, InputError, "allocation 'amc' tries models on calibration data"),
         ([X], {"target": {"max_drop": 0.1}}, RecipeError, "target max_drop and `metric`"),
     ],
 )

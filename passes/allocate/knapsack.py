@@ -111,9 +111,9 @@ def knapsack(
             current, best = found, value
         else:
             reach /= 2
-            if reach * max(g.size for g in groups) < 1:
+            if reach * max((g.size for g in groups), default=0) < 1:
                 break
-    _fill(groups, options, loss, costs, budget, current, allowed)
+    fill(groups, options, loss, costs, budget, current, allowed)
     return {g.name: current[g.axis] for g in groups}
 
 
@@ -144,7 +144,7 @@ def _step(
     return {g.axis: options[g.name][p[i]] for g, p, i in zip(groups, near, picked, strict=True)}
 
 
-def _fill(
+def fill(
     groups: list[Group],
     options: Mapping[str, list[int]],
     loss: Mapping[str, Floats],
