@@ -396,6 +396,7 @@ def _choose(
     biases: dict[str, Tensor] = {}
     data = None if calibration is None else batches(calibration, captured, loss, settings.seed)
     clocked, scored = None, None
+    turned: list[str] = []
     with clock.stage("choose"):
         if settings.target.dead:
             from fxprune.passes.dead import find_dead
@@ -403,10 +404,20 @@ def _choose(
             kept, biases = find_dead(analysis, groups, settings)
         elif plan is not None:
             kept = plan.selection(analysis)
+            if plan.basis:
+                if data is None:
+                    raise InputError(
+                        "the plan was made in the basis of principal components: pass the same `calibration`"
+                    )
+                captured.notes += _basis(analysis, groups, settings, data)
         elif settings.keep_class:
+            turned = _basis(analysis, groups, settings, data)
+            captured.notes += turned
             kept, notes = choose_for_class(admitted.model, analysis, groups, settings, costs, multiple)
             captured.notes += notes
         else:
+            turned = _basis(analysis, groups, settings, data)
+            captured.notes += turned
             scored = chooser(analysis, groups, settings, costs, multiple, None, data, admitted.model)
             if settings.target.clocked:
                 backend = BACKENDS[settings.backend]
@@ -414,9 +425,24 @@ def _choose(
             else:
                 kept = scored.kept(*settings.target.cost)
         chosen = _plan(analysis, groups, kept, costs, settings, plan, biases)
+        chosen.basis = bool(turned) or (plan is not None and plan.basis)
     if plan is not None and chosen.kept != plan.kept:
         raise SavedModelError("the plan removes dead units, and this model's are others: make a new plan for it")
     return _Chosen(analysis, costs, kept, chosen, multiple, biases, groups, data, clocked, scored)
+
+
+def _basis(analysis: Analysis, groups: list[Group], settings: Recipe, data: Any) -> list[str]:
+    """Turn attention into principal components, if there are data and the recipe does not forbid it; says so."""
+    from fxprune.passes.basis import principal
+    from fxprune.select import say
+
+    if settings.basis == "none" or data is None:
+        return []
+    said = say(analysis, groups, settings)
+    changed = principal(
+        analysis, [g for g in groups if not (g.name in said and said[g.name].whole)], data, settings.max_memory
+    )
+    return [] if changed is None else [changed.line()]
 
 
 def _plan(

@@ -50,6 +50,7 @@ class Plan:
         biases: names of biases that constants of removed units were folded into, in the emitted module.
         recipe: the recipe that it came from.
         blocks: names of the blocks that are removed whole (`fxprune.blocks`).
+        basis: the indices are those of principal components of attention (`fxprune.passes.basis`), which take data.
         costs: "params" and "macs" of the dense model and of what is kept.
         dynamic: input name -> dimension -> size name: what was dynamic when the model was captured.
     """
@@ -61,6 +62,7 @@ class Plan:
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
+    basis: bool = False
 
     @classmethod
     def of(
@@ -160,6 +162,7 @@ class Plan:
                 biases=list(data["biases"]),
                 recipe=dict(data["recipe"]),
                 dynamic={n: {int(d): str(s) for d, s in t.items()} for n, t in data["dynamic"].items()},
+                basis=bool(data.get("basis", False)),
                 blocks=list(data.get("blocks", [])),
                 costs={kind: (int(a), int(b)) for kind, (a, b) in data.get("costs", {}).items()},
             )

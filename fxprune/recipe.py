@@ -117,6 +117,8 @@ class Recipe(BaseModel):
         threads: of the backend, for targets on the clock; None takes torch's number.
         reconstruction: "auto" (least_squares with calibration data, none without), "none", "bias", "least_squares", or
             {"name": ..., option: value}: see `fxprune.passes.reconstruct`.
+        basis: "auto" (principal with calibration data), "principal" (attention's queries, keys and values are turned
+            into principal components first, `fxprune.passes.basis`) or "none".
         max_memory: bytes that calibration statistics may take at a time.
         keep_class: return the original class with smaller parameters, and cut only what that class can express.
         proof: "full" (float64, randomised weights too) or "quick" (float32, one small input).
@@ -137,6 +139,7 @@ class Recipe(BaseModel):
     backend: str = "onnxruntime"
     threads: int | None = Field(default=None, ge=1)
     reconstruction: str | dict[str, Any] = "auto"
+    basis: Literal["auto", "principal", "none"] = "auto"
     max_memory: float = Field(default=2 * 2**30, gt=0)
     keep_class: bool = False
     proof: Literal["full", "quick"] = "full"
