@@ -318,7 +318,7 @@ def portions(statistics: Statistics, data: Calibration, most: int | None = None)
     """The batches, cut into as few samples as a backward pass has memory for, or into at most so many."""
     each = max(1, int(statistics.max_memory / max(statistics.activation_bytes, 1)))
     for batch in data.batches:
-        yield from _rows(statistics, batch, most or each)
+        yield from _rows(statistics, batch, min(most or each, each))
 
 
 def _rows(statistics: Statistics, batch: Batch, count: int) -> list[Batch]:

@@ -23,6 +23,7 @@ from fxprune.analyse import Analysis
 from fxprune.errors import NonFiniteError, RecipeError
 from fxprune.groups import describe
 from fxprune.kept import Kept
+from fxprune.passes import tune as tuning
 from fxprune.passes.calibration import Batch, Calibration
 from fxprune.passes.consumers import Contraction, contractions
 from fxprune.passes.gather import portions, relevance, summed
@@ -35,6 +36,8 @@ from fxprune.rewrite import Rewritten
 
 aten = torch.ops.aten
 Method = Literal["none", "bias", "least_squares"]
+_PASSES = 2
+_OPTIONS = ("damping", "residual", "batch_norm", "tune", "rate")
 
 
 class _Steps:
@@ -338,6 +341,8 @@ def reconstruct(
     damping: float = DAMPING,
     residual: bool = True,
     batch_norm: str = "mean",
+    tune: int | None = None,
+    rate: float = 0.01,
 ) -> list[Refitted]:
     """Refit the pruned module in place, layer after layer, and return how closely each gives what the dense layer gave.
 
@@ -347,11 +352,20 @@ def reconstruct(
         damping: how strongly weights are drawn to what they were, as a share of the inputs' mean energy.
         batch_norm: which running statistics are measured again: "none", "mean" or "all".
         residual: layers that add to a stream also make good what it has lost.
+        tune: afterwards, passes over the data in which biases, scales and shifts learn the dense model's outputs
+            (`fxprune.passes.tune`); "outputs" is the name of that row of the result. None is two behind least squares,
+            if there are more data than one step takes.
+        rate: of these, relative to the size of each vector.
     """
     if method == "none":
         return []
     known = statistics or Statistics(analysis, data=data)
-    return _Reconstruction(analysis, kept, pruned, data, known, method, damping, residual, batch_norm).run()
+    result = _Reconstruction(analysis, kept, pruned, data, known, method, damping, residual, batch_norm).run()
+    if tune is None:
+        tune = _PASSES if method == "least_squares" and tuning.enough(known, data) else 0
+    if tune:
+        result.append(Refitted("outputs", *tuning.tune(analysis, pruned, data, known, tune, rate)))
+    return result
 
 
 def settings(recipe: Recipe, data: bool) -> tuple[Method, dict[str, Any]]:
@@ -367,9 +381,9 @@ def settings(recipe: Recipe, data: bool) -> tuple[Method, dict[str, Any]]:
         name = "least_squares" if data else "none"
     if name not in get_args(Method):
         raise RecipeError(f"there is no reconstruction '{name}'; known: auto, {', '.join(get_args(Method))}")
-    unknown = sorted(options.keys() - {"damping", "residual", "batch_norm"})
+    unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
-        raise RecipeError(f"reconstruction '{name}' has no option '{unknown[0]}'; known: damping, residual, batch_norm")
+        raise RecipeError(f"reconstruction '{name}' has no option '{unknown[0]}'; known: {', '.join(_OPTIONS)}")
     if name != "none" and not data:
         raise RecipeError(
             f"reconstruction '{name}' takes calibration data: pass `calibration`, or reconstruction='none'"

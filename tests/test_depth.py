@@ -166,7 +166,7 @@ def test_a_plan_with_blocks_comes_back(tmp_path: Path) -> None:
     model = made()
     recipe = {"target": {"macs": 0.5}, "blocks": {"name": "influence", "remove": 2}, "reconstruction": "none"}
     plan = fxprune.dry_run(model, X, recipe, calibration=DATA)
-    pruned = fxprune.compile(model, X, plan=plan)
+    pruned = fxprune.compile(model, X, plan=plan, calibration=DATA)
     assert pruned.plan.blocks == plan.blocks
     assert len(plan.blocks) == 2
     loaded = load_pruned(pruned.save(tmp_path / "it"))
@@ -176,7 +176,7 @@ def test_a_plan_with_blocks_comes_back(tmp_path: Path) -> None:
         pruned.module_like()
     plan.blocks[0] = "layers.9"
     with pytest.raises(SavedModelError, match=r"removes the block 'layers\.9'"):
-        fxprune.compile(model, X, plan=plan)
+        fxprune.compile(model, X, plan=plan, calibration=DATA)
 
 
 def test_what_is_kept_stays() -> None:
