@@ -40,8 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 #: What fxprune's methods add to the recipe; the first is what it does where nothing is said.
 OWN: dict[str, dict[str, Any]] = {
     "fxprune": {},
-    "fxprune spdy": {"allocation": "spdy"},
-    "fxprune, no reconstruction": {"reconstruction": "none"},
+    "fxprune, not tuned": {"reconstruction": {"name": "least_squares", "tune": 0}},
+    "fxprune, not reconstructed": {"reconstruction": "none"},
     "fxprune magnitude": {"criterion": "magnitude", "allocation": "uniform", "reconstruction": "none"},
 }
 #: Torch-Pruning's importances; widths are rounded as fxprune rounds them, which helps it on this backend.
