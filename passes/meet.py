@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,7 @@ def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callab
     aim = result.requested * _AHEAD
     share = 1 / aim
     selections: list[Kept] = []
+    tried: list[tuple[float, float]] = []
     for number in range(BUILDS):
         try:
             kept = loop.chooser.kept("latency", share)
@@ -124,11 +126,29 @@ def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callab
         measured = result.attempts[-1].measured
         if abs(measured / aim - 1) <= CLOCK_TOLERANCE - (_AHEAD - 1):
             break
-        # What the tables call this share is, on the clock, so much: the next share is corrected by it.
-        share = min(max(share * measured / aim, share * 0.5), share * 1.6, 1.0)
+        tried.append((share, measured))
+        share = min(max(_next(tried, aim), share * 0.5), share * 1.6, 1.0)
     misses = [abs(a.measured / aim - 1) for a in result.attempts]
     result.taken = misses.index(min(misses))
     return selections[result.taken]
+
+
+def _next(tried: list[tuple[float, float]], aim: float) -> float:
+    """The share at which the model should be as fast as aimed at, from (share, measured speed-up) so far.
+
+    What the tables call a share is so much on the clock: proportionally, as far as one attempt says, and along the line
+    through the last two (of logarithms) where these go the right way.
+
+    >>> round(_next([(0.5, 1.6)], 2.0), 3), round(_next([(0.5, 1.6), (0.4, 1.8)], 2.0), 3)
+    (0.4, 0.328)
+    """
+    share, measured = tried[-1]
+    power = -1.0
+    if len(tried) > 1 and tried[-2][0] != share:
+        before, slower = tried[-2]
+        slope = math.log(measured / slower) / math.log(share / before)
+        power = slope if -2.0 < slope < -0.5 else power
+    return float(share * (aim / measured) ** (1 / power))
 
 
 def _counts(kept: Kept) -> dict[Any, int]:
