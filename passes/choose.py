@@ -47,6 +47,7 @@ class Chooser:
     statistics: Statistics
     error: Callable[[Kept], float] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    criterion: Criterion | None = None
     _order: list[Block] = field(default_factory=list)
     _further: Iterator[Block] | None = None
 
@@ -81,7 +82,21 @@ class Chooser:
         for name, (few, most) in budget.limits.items():  # an allocation that knows nothing of limits
             if name in counts:
                 counts[name] = min(max(counts[name], few), most)
-        return self.best(counts, removed)
+        kept = self.best(counts, removed)
+        return kept if self.criterion is None or self.criterion.refine is None else self._refined(kept, groups)
+
+    def _refined(self, kept: Kept, groups: list[Group]) -> Kept:
+        """As many units of each group, chosen for their number."""
+        assert self.criterion is not None
+        assert self.criterion.refine is not None
+        found = dict(kept.items())
+        cut = [g for g in groups if g.axis in kept]
+        for part in self.statistics.parts(cut, self.criterion.needs):
+            self.statistics.gather(part, self.criterion.needs)
+            for group in part:
+                found[group.axis] = np.sort(self.criterion.refine(group, self.statistics, kept[group.axis]))
+            self.statistics.free()
+        return Kept(found, kept.removed)
 
     def best(self, counts: Mapping[str, int], removed: Mapping[fx.Node, fx.Node] | None = None) -> Kept:
         """Return the best units of each group that has a count."""
@@ -163,6 +178,7 @@ def chooser(
     statistics = Statistics(analysis, recipe.seed, data, recipe.max_memory)
     scores = score(criterion, eligible, statistics)
     result = Chooser(analysis, groups, recipe, costs, multiple, allocate, eligible, scores, said, statistics)
+    result.criterion = criterion
     if data is not None and model is not None:
         result.error = _when_called(lambda: trial(analysis, model, data, recipe.max_memory))
     return result

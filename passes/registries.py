@@ -23,11 +23,14 @@ class Criterion:
         score: (group, statistics, **options) -> scores of shape (units,), high ones stay.
         needs: names of statistics beyond the weights, of `fxprune.passes.statistics.NEEDS`.
         needing: (**options) -> needs, where options decide them.
+        refine: (**options) -> (group, statistics, kept units) -> as many units that are better together, for the number
+            that was allocated; None where the best scores are all there is.
     """
 
     score: Callable[..., Scores]
     needs: frozenset[str] = frozenset()
     needing: Callable[..., Iterable[str]] | None = None
+    refine: Callable[..., Any] | None = None
 
     def bound(self, setting: str | Mapping[str, Any]) -> Criterion:
         """Return the criterion with the options of a recipe entry.
@@ -36,10 +39,10 @@ class Criterion:
             RecipeError: it has no such option.
         """
         score = with_options(self.score, setting, "criterion")
-        if self.needing is None:
-            return Criterion(score, self.needs)
         options = {} if isinstance(setting, str) else {k: v for k, v in setting.items() if k != "name"}
-        return Criterion(score, frozenset(self.needing(**options)))
+        refine = self.refine(**options) if self.refine is not None else None
+        needs = self.needs if self.needing is None else frozenset(self.needing(**options))
+        return Criterion(score, needs, refine=refine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +89,15 @@ def needs_error(name: str, budget: Budget) -> Callable[[Mapping[str, int]], floa
 
 
 def criterion(
-    name: str, needs: Iterable[str] | Callable[..., Iterable[str]] = ()
+    name: str,
+    needs: Iterable[str] | Callable[..., Iterable[str]] = (),
+    refine: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Register a scoring function as a criterion.
 
     Args:
         needs: names of statistics beyond the weights, or a function of the criterion's options that returns them.
+        refine: see `Criterion`.
 
     >>> import numpy as np
     >>> from fxprune.passes.registries import CRITERIA, criterion
@@ -104,7 +110,7 @@ def criterion(
 
     def decorate(score: Callable[..., Scores]) -> Callable[..., Scores]:
         needing = needs if callable(needs) else None
-        CRITERIA.add(name, Criterion(score, frozenset(needs() if callable(needs) else needs), needing))
+        CRITERIA.add(name, Criterion(score, frozenset(needs() if callable(needs) else needs), needing, refine))
         return score
 
     return decorate

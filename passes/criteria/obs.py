@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fxprune.groups import Group
+from fxprune.kept import Indices
 from fxprune.passes.obs import Problem, removal
 from fxprune.passes.registries import criterion
 from fxprune.passes.scales import in_order
 from fxprune.passes.statistics import Scores, Statistics
+from fxprune.passes.swap import swapped
 
 
-@criterion("obs", needs=("moments", "mask_gradients"))
-def obs(group: Group, statistics: Statistics, *, rounds: int = 48) -> Scores:
+def _refine(*, swaps: int = 0, **_: object) -> Callable[[Group, Statistics, Indices], Indices] | None:
+    """Swap search on the units kept, if asked for."""
+    if not swaps:
+        return None
+    return lambda group, statistics, kept: swapped(problems_of(group, statistics), kept, group.size, swaps)
+
+
+@criterion("obs", needs=("moments", "mask_gradients"), refine=_refine)
+def obs(group: Group, statistics: Statistics, *, rounds: int = 48, swaps: int = 0) -> Scores:
     """How much the model's error grows when the unit goes and everything that reads it is refitted.
 
     Kurtic et al., "ZipLM" (2023), equation 2, in batches and summed over all consumers: `fxprune.passes.obs`. Units are
@@ -24,6 +35,8 @@ def obs(group: Group, statistics: Statistics, *, rounds: int = 48) -> Scores:
 
     Args:
         rounds: about how many batches the removal takes; more are more exact.
+        swaps: exchanges of removed units for kept ones that are tried for the widths allocated (`fxprune.passes.swap`);
+            these take one more pass over the data.
     """
     problems = problems_of(group, statistics)
     if not problems:
