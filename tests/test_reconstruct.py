@@ -332,3 +332,54 @@ def test_swaps_in_a_recipe() -> None:
     assert plain.report.params.pruned == better.report.params.pruned
     assert plain.plan.kept != better.plan.kept
     assert error(net, better.module, x) < error(net, plain.module, x)
+
+
+# ---------------------------------------------------------------------- tuning
+def test_tuning_learns_the_dense_outputs() -> None:
+    """On data it has not seen the outputs are nearer; matrices, flags and modes stay as they were."""
+    torch.manual_seed(0)
+    model = Block().eval()
+    model.down.weight.requires_grad_(False)
+    batches = [tokens(32, s) for s in range(6)]
+    recipe = {"target": {"macs": 0.6}, "round_to": 1}
+    plain, tuned = (
+        fxprune.compile(
+            model, batches[0][:2], recipe, reconstruction={"name": "least_squares", "tune": n}, calibration=batches
+        )
+        for n in (0, 8)
+    )
+    x = tokens(64, 99)
+    assert error(model, tuned.module, x) < 0.9 * error(model, plain.module, x)
+    (row,) = [r for r in tuned.report.refitted if r.name == "outputs"]
+    assert row.after < row.before
+    for (name, a), b in zip(plain.module.named_parameters(), tuned.module.parameters(), strict=True):
+        assert torch.equal(a, b) == (a.dim() > 1), name
+        assert a.requires_grad == b.requires_grad == (name != "down.weight")
+        assert b.grad is None
+    assert not tuned.module.training
+
+
+def test_tuning_keeps_the_start_where_nothing_is_better() -> None:
+    """A rate that wrecks the model changes nothing."""
+    torch.manual_seed(0)
+    model = Block().eval()
+    batches = [tokens(32, s) for s in range(3)]
+    pruned = [
+        fxprune.compile(
+            model,
+            batches[0][:2],
+            {"target": {"macs": 0.6}, "reconstruction": {"name": "least_squares", "tune": n, "rate": 1e3}},
+            calibration=batches,
+        ).module
+        for n in (0, 1)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(pruned[0].parameters(), pruned[1].parameters(), strict=True))
+
+
+def test_tuning_takes_data_to_hold_out() -> None:
+    model = Block().eval()
+    recipe = {"target": {"macs": 0.6}, "reconstruction": {"name": "least_squares", "tune": 1}}
+    with pytest.raises(InputError, match="pass more than 32 samples"):
+        fxprune.compile(model, tokens(2, 0), recipe, calibration=[tokens(16, 1)])
+    pruned = fxprune.compile(model, tokens(2, 0), target={"macs": 0.6}, calibration=[tokens(16, 1)])
+    assert "outputs" not in [r.name for r in pruned.report.refitted]
