@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import fxprune
-from bench import compile_time, demo, resnet_latency
+from bench import compile_time, demo, rounding
 from bench.tasks import digits, minilm
 
 pytest.importorskip("onnxruntime")
@@ -128,11 +128,11 @@ def test_peak_memory_in_a_process_of_its_own() -> None:
 
 def test_roundings_of_widths_are_timed_against_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(resnet_latency, "ROUNDINGS", (1, None))
-    figures, timed = resnet_latency.measure("vit", batch=1, threads=1, rounds=6, full=False)
+    monkeypatch.setattr(rounding, "ROUNDINGS", (1, None))
+    figures, timed = rounding.measure("vit", batch=1, threads=1, rounds=6, full=False)
     assert list(figures) == ["1", "default"]
     assert figures["1"]["round_to"] == 1 < figures["default"]["round_to"]
     console = Console(record=True, width=120)
-    console.print(resnet_latency.table(figures, timed, "title"))
+    console.print(rounding.table(figures, timed, "title"))
     text = console.export_text()
     assert re.search(r"default \(\d+\) │ 0\.\d{3} │ +0\.\d{3} │ +\d+\.\d │ +\d+\.\d\d x │", text)

@@ -1,7 +1,8 @@
-"""`python -m bench.resnet_latency`: what rounding widths does to the speed of a pruned ResNet-50 on onnxruntime.
+"""`python -m bench.rounding [MODEL ...]`: what rounding widths does to the speed of a pruned model on onnxruntime.
 
 The same half of the multiply-accumulates goes for every rounding; only what widths are multiples of differs. The dense
-model and all pruned ones are timed in turns within one run.
+model and all pruned ones are timed in turns within one run. The efficiency is the speed-up over the dense model's
+multiply-accumulates per one of the pruned model's: how much of the saving the clock sees.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fxprune.backends import BACKENDS
 from fxprune.backends.timing import Comparison, compare
 
 BACKEND = "onnxruntime"
-MODEL = "resnet50"
+NAMES = ("resnet50", "minilm")
 SHARE = 0.5
 #: None is what fxprune takes where the recipe says nothing.
 ROUNDINGS: tuple[int | None, ...] = (1, 4, 8, 16, 32, None)
@@ -56,9 +57,9 @@ def measure(name: str, batch: int, threads: int, rounds: int, full: bool = True)
 def table(figures: dict[str, Any], timed: Comparison, title: str) -> Table:
     """Return the results as a rich table."""
     result = Table(title=title)
-    for column in ("round_to", "MACs", "parameters", "ms", "speed-up", "95 %"):
+    for column in ("round_to", "MACs", "parameters", "ms", "speed-up", "95 %", "efficiency"):
         result.add_column(column, justify="left" if column == "round_to" else "right")
-    result.add_row("dense", "1.000", "1.000", f"{timed.latencies['dense'].median * 1e3:.1f}", "1.00 x", "")
+    result.add_row("dense", "1.000", "1.000", f"{timed.latencies['dense'].median * 1e3:.1f}", "1.00 x", "", "")
     for key, row in figures.items():
         faster = timed.ratio(key)
         result.add_row(
@@ -68,32 +69,39 @@ def table(figures: dict[str, Any], timed: Comparison, title: str) -> Table:
             f"{timed.latencies[key].median * 1e3:.1f}",
             f"{faster.median:.2f} x",
             f"{faster.low:.2f}-{faster.high:.2f}",
+            f"{faster.median * row['macs']:.2f}",
         )
     return result
 
 
 def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"of `bench.models`; by default {' and '.join(NAMES)}")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1)] = 8,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=6, help="of timing all models in turns")] = 20,
-    file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "resnet_latency.json",
+    file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "rounding.json",
 ) -> None:
-    """Time ResNet-50 dense and with half of its multiply-accumulates, its widths rounded in several ways."""
+    """Time models dense and with half of their multiply-accumulates, their widths rounded in several ways."""
     console = Console()
     torch.set_num_threads(threads)
-    figures, timed = measure(MODEL, batch, threads, rounds)
-    title = f"{MODEL} at {SHARE:g} of the MACs: {BACKEND}, float32, batch {batch}, {threads} threads, {rounds} rounds"
-    console.print(table(figures, timed, title))
+    models: dict[str, Any] = {}
+    for name in names or NAMES:
+        figures, timed = measure(name, batch, threads, rounds)
+        title = (
+            f"{name} at {SHARE:g} of the MACs: {BACKEND}, float32, batch {batch}, {threads} threads, {rounds} rounds"
+        )
+        console.print(table(figures, timed, title))
+        models[name] = {"roundings": figures, "timing": timed.to_json()}
     console.print(machine.stamp(), style="dim", highlight=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "machine": machine.describe(),
-        "model": MODEL,
         "share": SHARE,
         "batch": batch,
         "threads": threads,
-        "roundings": figures,
-        "timing": timed.to_json(),
+        "models": models,
     }
     file.write_text(json.dumps(about, indent=1) + "\n")
 
