@@ -418,7 +418,7 @@ def _choose(
         else:
             turned = _basis(analysis, groups, settings, data)
             captured.notes += turned
-            scored = chooser(analysis, groups, settings, costs, multiple, None, data, admitted.model)
+            scored = chooser(analysis, groups, settings, costs, multiple, None, data, admitted.model, clock.say)
             if settings.target.clocked:
                 backend = BACKENDS[settings.backend]
                 kept, clocked = meet(scored, admitted.model, args, keywords, backend, clock.say)

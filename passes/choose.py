@@ -158,6 +158,7 @@ def chooser(
     whole: Mapping[str, str] | None = None,
     data: Calibration | None = None,
     model: nn.Module | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Chooser:
     """Score the units of all eligible groups.
 
@@ -166,6 +167,7 @@ def chooser(
         whole: names of further groups that stay whole, and why.
         data: calibration batches, for criteria that need them.
         model: the original, for allocations that try models on the data.
+        progress: called with how far a pass over the data is.
 
     Raises:
         RecipeError: the criterion, the allocation or one of their options is unknown; `keep` or `ratios` match nothing,
@@ -175,7 +177,7 @@ def chooser(
     criterion, allocate = functions(recipe, data is not None)
     said = say(analysis, groups, recipe)
     eligible = [g for g in groups if not (g.name in said and said[g.name].whole) and g.name not in (whole or {})]
-    statistics = Statistics(analysis, recipe.seed, data, recipe.max_memory)
+    statistics = Statistics(analysis, recipe.seed, data, recipe.max_memory, progress)
     scores = score(criterion, eligible, statistics)
     result = Chooser(analysis, groups, recipe, costs, multiple, allocate, eligible, scores, said, statistics)
     result.criterion = criterion

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ def _sweep(
     relevant = statistics.contractions if moments and any(map(has_masks, data.batches)) else []
     nodes = list(dict.fromkeys(c.node for c in [*read, *relevant]))
     if names or nodes or masks.groups:
-        for number, batch in enumerate(portions(statistics, data)):
+        for number, batch in enumerate(reported(statistics, portions(statistics, data))):
             weights = _trainable(statistics, set(names))
             operands = [c.operand for c in read]
             values = backward(statistics, data, batch, number, nodes, masks.uses, operands, weights)
@@ -133,7 +133,8 @@ def _sweep(
             for name in names:
                 gradients[name] += _gradient(weights, name)
             masks.add(values, batch)
-    for number, batch in enumerate(portions(statistics, data, 1) if single.groups else ()):
+    one = reported(statistics, portions(statistics, data, 1))
+    for number, batch in enumerate(one if single.groups else ()):
         single.add(backward(statistics, data, batch, number, [], single.uses), batch)
     samples = shared(data.samples)
     found.gradients = {n: summed(total) / samples for n, total in gradients.items()}
@@ -321,6 +322,16 @@ def portions(statistics: Statistics, data: Calibration, most: int | None = None)
         yield from _rows(statistics, batch, min(most or each, each))
 
 
+def reported(statistics: Statistics, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; says before each how many samples are done."""
+    done = 0
+    total = statistics.data.samples if statistics.data is not None else 0
+    for batch in batches:
+        statistics.say(f"calibrate: {done} of {total} samples")
+        yield batch
+        done += batch.size
+
+
 def _rows(statistics: Statistics, batch: Batch, count: int) -> list[Batch]:
     """A batch in pieces of so many samples, where the batch is dynamic; else the batch."""
     captured = statistics.analysis.captured
@@ -371,7 +382,7 @@ def _channels(statistics: Statistics, data: Calibration, reads: Sequence[Read]) 
 
         return add
 
-    for number, batch in enumerate(portions(statistics, data)):
+    for number, batch in enumerate(reported(statistics, portions(statistics, data))):
         observe(statistics.analysis, [batch], {node: look(node, number) for node in readers})
     return {
         place: Channels(max(shared(counts[place]), 1.0), *summed(total).cpu().numpy()) for place, total in sums.items()
@@ -414,7 +425,7 @@ def _squared(statistics: Statistics, data: Calibration) -> dict[str, Tensor]:
     """The mean over samples of squared gradients: the model runs on one sample at a time, if its batch is dynamic."""
     names = _parameters(statistics)
     sums = {n: torch.zeros(statistics.weight(n).shape, dtype=torch.float64) for n in names}
-    for number, batch in enumerate(portions(statistics, data, 1)):
+    for number, batch in enumerate(reported(statistics, portions(statistics, data, 1))):
         weights = _trainable(statistics, set(names))
         backward(statistics, data, batch, number, [], weights=weights)
         for name in names:

@@ -94,6 +94,7 @@ def meet(
         lambda group: step(group, chooser.multiple),
         threads=threads,
         whole=lambda clock: clock.ratio(lambda: dense.run(*args, **kwargs)),
+        progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
     )
     chooser.costs = costs
     result = Clocked(goal, backend.name, threads, residual=costs.residual)

@@ -153,7 +153,8 @@ class _Reconstruction:
         self.pruned.module.eval()
         try:
             with torch.no_grad():
-                for contraction in chosen:
+                for number, contraction in enumerate(chosen):
+                    self.statistics.say(f"reconstruct: {number} of {len(chosen)} layers")
                     self._layer(dense, small, contraction, rows.get(contraction.node))
                 small.advance(small.nodes[-1], True)  # batch norms behind the last layer
         finally:

@@ -47,6 +47,7 @@ class Statistics:
         seed: for criteria that draw random numbers.
         data: calibration batches, for criteria that need them.
         max_memory: bytes that second moments, the largest of all, may take at a time.
+        say: called with how far a pass over the data is.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Statistics:
         seed: int = 0,
         data: Calibration | None = None,
         max_memory: float = MAX_MEMORY,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.analysis = analysis
         self.seed = seed
         self.data = data
         self.max_memory = max_memory
+        self.say = say
         self._sums: dict[tuple[str, int, float], Scores] = {}
         self._reads: dict[Group, list[Read]] = {}
         self._gathered = gather.Gathered()

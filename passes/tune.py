@@ -73,8 +73,9 @@ def tune(
         groups = [{"params": [p], "lr": top} for p, top in zip(vectors, full, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99)) if groups else None
         steps, done = passes * len(rest[0]), 0
-        for _ in range(passes if optimizer is not None else 0):
+        for number in range(passes if optimizer is not None else 0):
             assert optimizer is not None
+            statistics.say(f"tune: pass {number + 1} of {passes}")
             for batch, outputs in zip(*rest, strict=True):
                 for group, top in zip(optimizer.param_groups, full, strict=True):
                     group["lr"] = top * 0.5 * (1 + math.cos(math.pi * done / steps))
