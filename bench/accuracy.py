@@ -199,8 +199,10 @@ def cell(place: Place, speedup: float, methods: list[str], say: Callable[[str], 
         except FxpruneError as error:
             rows[method] = {"error": str(error).splitlines()[0]}
     peers = [m for m in methods if m in PEERS]
-    kinds: tuple[torch_pruning.Heads, ...] = ("dims", "whole") if _has_heads(place.model) else ("whole",)
+    kinds: tuple[torch_pruning.Heads, ...] = ("dims", "whole", "none") if _has_heads(place.model) else ("whole",)
     for heads in kinds if peers else ():
+        if heads == "none" and any(m.startswith("Torch-Pruning") for m in modules):
+            continue  # attention stays whole only where it can do nothing else
         say(f"{place.name} {speedup:g} x: Torch-Pruning's ratio, {heads}")
         suffix = f", {heads}" if len(kinds) > 1 else ""
         try:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bench.shims import shim_torchvision
 
-Heads = Literal["dims", "whole"]
-"""What goes from attention: the same share of every head's dimensions, or that share of the heads."""
+Heads = Literal["dims", "whole", "none"]
+"""What goes from attention: the same share of every head's dimensions, that share of the heads, or nothing."""
 
 
 Importance = Literal["magnitude", "taylor", "hessian"]
@@ -203,6 +203,7 @@ def prune(
     # Position bias tables have one column a head: nothing that goes from inside a head may be cut from them.
     tables = [value for name, value in pruned.named_parameters() if name.endswith("relative_position_bias_table")]
     whole = heads == "whole"
+    kept = [layer for attention in _attentions(pruned) for layer in attention.layers if heads == "none"]
     with _limit(limit), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says which parameters it found outside layers
         scores = {
@@ -218,10 +219,10 @@ def prune(
             global_pruning=False,
             pruning_ratio=ratio,
             round_to=round_to,
-            ignored_layers=[*(pruned.get_submodule(name) for name in ignored), *tables],
+            ignored_layers=[*(pruned.get_submodule(name) for name in ignored), *tables, *kept],
             num_heads=num_heads,
             prune_num_heads=whole,
-            prune_head_dims=not whole,
+            prune_head_dims=heads == "dims",
             head_pruning_ratio=ratio if whole else 0.0,
             # Without this it calls the model a second time, with the tuple itself, after any error of the first call.
             forward_fn=lambda module, inputs: module(*inputs),
