@@ -284,7 +284,7 @@ def plot(name: str, result: dict[str, Any], path: Path) -> None:
             color=next(colours) if ours else "0.55",
             linestyle="-" if ours else {"m": "--", "T": ":", "H": "-."}[method.split()[1][0]],
             linewidth=2.2 if method == "fxprune" else 1.3,
-            marker="o",
+            marker={"dims": "s", "none": "v"}.get(method.rpartition(", ")[2], "o"),
             markersize=4,
             label=method,
         )
