@@ -129,12 +129,11 @@ def peer(place: Place, importance: torch_pruning.Importance, ratio: float, heads
             return
         seen = 0
         for inputs, labels in place.data:
-            output = model(*inputs)
             for i in range(len(inputs[0])):
                 if seen == _HESSIAN:
                     return
                 seen += 1
-                yield _one(place.task, model, inputs, labels, i, output)
+                yield _one(place.task, model, inputs, labels, i)
 
     return torch_pruning.prune(
         place.model,
@@ -148,12 +147,13 @@ def peer(place: Place, importance: torch_pruning.Importance, ratio: float, heads
     ).model
 
 
-def _one(task: Task, model: nn.Module, inputs: Inputs, labels: Tensor | None, i: int, output: Tensor) -> Tensor:
-    """The loss of one sample of a batch; of a contrastive one, its part of the batch's."""
+def _one(task: Task, model: nn.Module, inputs: Inputs, labels: Tensor | None, i: int) -> Tensor:
+    """The loss of one sample of a batch; of a contrastive one the cosine's to its own label among the batch's."""
+    output = model(*(x[i : i + 1] for x in inputs))
     if labels is not None and labels.dtype.is_floating_point:
-        rows = torch.cat([output[i : i + 1], output[:i].detach(), output[i + 1 :].detach()])
-        return task.loss(rows, torch.cat([labels[i : i + 1], labels[:i], labels[i + 1 :]]))
-    return task.loss(model(*(x[i : i + 1] for x in inputs)), None if labels is None else labels[i : i + 1])
+        others = torch.cat([labels[i : i + 1], labels[:i], labels[i + 1 :]])
+        return task.loss(torch.cat([output, others[1:].to(output)]), others)
+    return task.loss(output, None if labels is None else labels[i : i + 1])
 
 
 def whole(model: nn.Module, example: Inputs) -> list[str]:
@@ -211,8 +211,11 @@ def cell(place: Place, speedup: float, methods: list[str], say: Callable[[str], 
             rows |= {m + suffix: {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]} for m in peers}
             continue
         for method in peers:
-            modules[method + suffix] = peer(place, PEERS[method], ratio, heads)
-            rows[method + suffix] = {"ratio": ratio}
+            try:
+                modules[method + suffix] = peer(place, PEERS[method], ratio, heads)
+                rows[method + suffix] = {"ratio": ratio}
+            except Exception as error:
+                rows[method + suffix] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     say(f"{place.name} {speedup:g} x: timing and scoring {len(modules)} models")
     timed = place.timed({n: place.build(m) for n, m in modules.items()}, 31) if modules else {}
     for name, module in modules.items():
