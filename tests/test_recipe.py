@@ -27,6 +27,8 @@ FULL: dict[str, Any] = {
     "backend": "torch",
     "threads": 1,
     "reconstruction": "none",
+    "basis": "none",
+    "blocks": "none",
     "max_memory": 1e9,
     "keep_class": True,
     "proof": "quick",
@@ -49,6 +51,8 @@ floor: 0.2
 backend: torch
 threads: 1
 reconstruction: none
+basis: none
+blocks: none
 max_memory: 1.0e+9
 keep_class: true
 proof: quick
@@ -103,6 +107,8 @@ def test_defaults() -> None:
         "backend": "onnxruntime",
         "threads": None,
         "reconstruction": "auto",
+        "basis": "auto",
+        "blocks": "none",
         "max_memory": 2**31,
         "keep_class": False,
         "proof": "full",
@@ -128,8 +134,8 @@ def test_recipes_do_not_change() -> None:
 T = {"macs": 0.5}
 TARGETS = "macs, params, memory, speedup, latency_ms, max_drop, dead"
 KNOWN = (
-    "target, criterion, allocation, round_to, keep, groups, ratios, floor, backend, threads, reconstruction, "
-    "max_memory, keep_class, proof, seed"
+    "target, criterion, allocation, round_to, keep, groups, ratios, blocks, floor, backend, threads, reconstruction, "
+    "basis, max_memory, keep_class, proof, seed"
 )
 
 

@@ -297,7 +297,7 @@ module = fxprune.load(directory)
 with torch.no_grad():
     found = module(**{n: t for n, t in given.items() if n != "expected"})
 found = found if torch.is_tensor(found) else list(found.values())[0]
-assert torch.equal(found, given["expected"]), (found - given["expected"]).abs().max()
+torch.testing.assert_close(found, given["expected"], rtol=1e-5, atol=1e-6)  # it may run on other threads
 print(type(module).__name__, "transformers" in {n for n, m in sys.modules.items() if m is not None})
 """
 

@@ -29,6 +29,7 @@ from fxprune.cli.options import (
     Model,
     Ratios,
     Threads,
+    parse_blocks,
     parse_ratios,
     parse_target,
 )
@@ -82,6 +83,13 @@ def compile(
     ] = None,
     max_memory: Annotated[
         float | None, typer.Option(metavar="BYTES", help="What calibration statistics may take at a time.")
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[=N]", help="Whole blocks go too: influence or greedy, with data; greedy=2: two."),
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(metavar="NAME", help="principal or none: attention in principal components first.")
     ] = None,
     keep_class: Annotated[
         bool, typer.Option("--keep-class", help="Cut only what the model's own class can express.")
@@ -142,6 +150,8 @@ def compile(
         "threads": threads,
         "reconstruction": reconstruction,
         "max_memory": max_memory,
+        "blocks": parse_blocks(blocks) if blocks else None,
+        "basis": basis,
         "keep_class": keep_class or None,
         "proof": proof,
         "seed": seed,

@@ -65,6 +65,18 @@ def parse_target(text: str) -> dict[str, Any]:
         raise RecipeError(f"--target {text}: this is none of {', '.join(TARGETS)}") from None
 
 
+def parse_blocks(text: str) -> str | dict[str, Any]:
+    """Read `--blocks`: NAME or NAME=COUNT.
+
+    >>> parse_blocks("greedy"), parse_blocks("influence=2")
+    ('greedy', {'name': 'influence', 'remove': 2})
+    """
+    name, sign, count = text.partition("=")
+    if sign and not count.isdecimal():
+        raise RecipeError(f"--blocks {text}: write NAME, greedy, or NAME=COUNT, greedy=2")
+    return {"name": name, "remove": int(count)} if sign else name
+
+
 def parse_ratios(texts: Sequence[str]) -> dict[str, Any]:
     """Read `--ratios`: PATTERN=SHARE or PATTERN=LEAST-MOST.
 
