@@ -1,17 +1,18 @@
 """Latency tables: how long each part of the model takes at a grid of widths, measured on the backend that will run it.
 
 The graph is cut before every contraction, so that a part is a contraction and what follows it up to the next. At a few
-widths the whole model is rewritten, each part is built and timed beside a fixed reference workload, and its time is
-kept on disk under what it depends on: the part itself with all shapes, the backend and its version, threads, processor.
-Between the widths times are interpolated over the part's multiply-accumulates, on the monotone curve that is nearest to
-them. What the sum of all parts differs from the measured whole model by is kept
-as a factor.
+widths of one of its groups at a time the whole model is rewritten, each part is built and timed beside a fixed
+reference workload, and its time is kept on disk under what it depends on: the part itself with all shapes, the backend
+and its version, threads, processor. Between the widths times are interpolated on the monotone curve that is nearest to
+them, and the factors of several groups are multiplied. What the sum of all parts differs from the measured whole model
+by is kept as a factor.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -22,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import networkx
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -55,34 +57,45 @@ class Part:
         nodes: in the captured graph.
         macs: of its contractions, as dimensions.
         axes: those of groups that its contractions carry.
-        points: (multiply-accumulates, seconds), ascending.
+        dense: seconds with all units.
+        curves: by axis, (units, seconds) with all units of the other axes, measured below the dense number.
         contractions: those among the nodes.
     """
 
     nodes: list[fx.Node]
     macs: list[Any]
     axes: frozenset[Axis]
-    points: list[tuple[float, float]] = field(default_factory=list)
+    dense: float = 0.0
+    curves: dict[Axis, list[tuple[int, float]]] = field(default_factory=dict)
     contractions: tuple[fx.Node, ...] = ()
 
     @cached_property
-    def _curve(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The points, their times made monotone by least squares of relative errors."""
-        x, y = (np.array(values) for values in zip(*self.points, strict=True))
-        return x, isotonic_regression(y, weights=1 / np.maximum(y, 1e-12) ** 2).x
+    def _factors(self) -> dict[Axis, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+        """For each axis units and the factor on the dense time, made monotone by least squares of relative errors."""
+        result = {}
+        for axis, curve in self.curves.items():
+            points = dict([*curve, (axis.size, self.dense)])
+            x = np.array(sorted(points), dtype=float)
+            y = np.array([points[int(n)] for n in x])
+            y = isotonic_regression(y, weights=1 / np.maximum(y, 1e-12) ** 2).x
+            # Below the grid: towards half of the smallest's time at no units.
+            result[axis] = (np.array([0.0, *x]), np.array([y[0] / 2, *y]) / max(float(y[-1]), 1e-30))
+        return result
 
-    def seconds(self, macs: Any) -> Any:
-        """Return the time at so many multiply-accumulates, on the monotone curve nearest to the measured points.
+    def seconds(self, counts: Mapping[Axis, Any]) -> Any:
+        """Return the time at these widths: the dense time, times a factor for each axis.
+
+        An axis has a curve of its own because times are not functions of the work alone: attention takes a softmax for
+        each head, whatever its dimensions are.
 
         Args:
-            macs: a number or an array.
+            counts: units by axis, numbers or arrays that broadcast; an axis that is not in it keeps all.
         """
-        if not self.points:
-            return np.zeros(np.shape(macs)) if np.ndim(macs) else 0.0
-        x, y = self._curve
-        below = y[0] * (0.5 + 0.5 * macs / max(x[0], 1.0))  # the grid: towards half of the smallest's time at no work
-        found = np.where(macs < x[0], below, np.interp(macs, x, y))
-        return found if np.ndim(macs) else float(found)
+        total: Any = self.dense
+        for axis, (x, y) in self._factors.items():
+            if axis in counts:
+                total = total * np.interp(counts[axis], x, y)
+        return total if np.ndim(total) else float(total)
 
 
 class LatencyCosts(Costs):
@@ -103,7 +116,7 @@ class LatencyCosts(Costs):
         super().__init__(analysis, removed)
         self.parts = list(parts)
         self.whole = whole
-        self.sum = sum(p.seconds(self._total(p.macs, {})) for p in parts)
+        self.sum = sum(p.seconds({}) for p in parts)
         self.alive = self.parts
         self._by_axis: dict[Axis, list[Part]] = {}
         for part in parts:
@@ -126,7 +139,7 @@ class LatencyCosts(Costs):
 
     def latency(self, counts: Mapping[Axis, int]) -> float:
         """Return the predicted seconds of the whole model."""
-        return float(self.residual * sum(p.seconds(self._total(p.macs, counts)) for p in self.alive))
+        return float(self.residual * sum(p.seconds(counts) for p in self.alive))
 
     def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
         """Return the cost called "macs", "params", "memory" or "latency"."""
@@ -139,7 +152,7 @@ class LatencyCosts(Costs):
         alive = {id(p) for p in self.alive}
         touched = {id(p): p for axis in new for p in self._by_axis.get(axis, []) if id(p) in alive}.values()
         after = {**counts, **new}
-        grown = sum(p.seconds(self._total(p.macs, after)) - p.seconds(self._total(p.macs, counts)) for p in touched)
+        grown = sum(p.seconds(after) - p.seconds(counts) for p in touched)
         return self.residual * grown
 
     def terms(self, kind: str) -> list[Term] | None:
@@ -148,7 +161,7 @@ class LatencyCosts(Costs):
             return super().terms(kind)
 
         def cost(part: Part, counts: Mapping[Axis, Any]) -> Any:
-            return self.residual * part.seconds(self._total(part.macs, counts))
+            return self.residual * part.seconds(counts)
 
         return [Term(p.axes, functools.partial(cost, p)) for p in self.alive]
 
@@ -197,25 +210,37 @@ def tables(
         whole: seconds of the dense model by a clock that knows the reference.
         progress: called with how many measurements are done and how many there are.
     """
-    costs = Costs(analysis)
     parts = split(analysis, groups)
     clock = Clock(backend, threads)
-    done, count = 0, len(grid) * len(parts)
-    for share in sorted(grid, reverse=True):
-        counts = {g.axis: _width(g, share, step(g)) for g in groups}
-        kept = Kept({axis: np.arange(n) for axis, n in counts.items()})
-        rewritten = rewrite(analysis, kept, model)
-        chosen = [m for m in _modules(analysis, rewritten, parts) if m[0].axes or share == max(grid)]
+    colours = _colours(parts)
+    shares = sorted((share for share in grid if share < 1), reverse=True)
+    rounds = [(frozenset[Axis](), 1.0), *((colour, share) for colour in colours for share in shares)]
+    for done, (colour, share) in enumerate(rounds):
+        if progress:
+            progress(done, len(rounds))
+        counts = {g.axis: _width(g, share, step(g)) for g in groups if g.axis in colour}
+        if colour and all(counts[a] == a.size for a in counts):
+            continue
+        rewritten = rewrite(analysis, Kept({axis: np.arange(n) for axis, n in counts.items()}), model)
+        chosen = [m for m in _modules(analysis, rewritten, parts) if not colour or m[0].axes & colour]
         times = clock.seconds([(module, inputs) for _, module, inputs in chosen])
         for (part, _, _), seconds in zip(chosen, times, strict=True):
-            part.points.append((float(costs._total(part.macs, counts)), seconds))
-        done += len(parts)
-        if progress:
-            progress(done, count)
-    for part in parts:
-        part.points.sort()
+            if not colour:
+                part.dense = seconds
+            for axis in part.axes & colour:
+                part.curves.setdefault(axis, []).append((counts[axis], seconds))
     clock.save()
     return LatencyCosts(analysis, parts, whole(clock))
+
+
+def _colours(parts: Sequence[Part]) -> list[frozenset[Axis]]:
+    """All axes in sets of which no part has two, so that one rewrite measures a whole set."""
+    graph = networkx.Graph()
+    for part in parts:
+        graph.add_nodes_from(part.axes)
+        graph.add_edges_from(itertools.combinations(part.axes, 2))
+    found = networkx.greedy_color(graph)
+    return [frozenset(a for a, c in found.items() if c == colour) for colour in sorted(set(found.values()))]
 
 
 def _width(group: Group, share: float, step: int) -> int:

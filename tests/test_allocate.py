@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import passes
 from fxprune.analyse import analyse
+from fxprune.axes import Axis
 from fxprune.backends import BACKENDS
 from fxprune.backends.base import Runner
 from fxprune.backends.timing import LEAST_REPEATS, Comparison, Latency
@@ -194,10 +195,15 @@ def test_parts_cover_the_graph(net: nn.Module) -> None:
 
 
 def test_a_part_is_monotone() -> None:
-    part = Part([], [], frozenset(), [(1.0, 3.0), (2.0, 5.0), (4.0, 4.0), (8.0, 9.0)])
+    axis, other = Axis(8), Axis(4)
+    part = Part([], [], frozenset({axis, other}), 9.0, {axis: [(1, 3.0), (2, 5.0), (4, 4.0)], other: [(2, 6.0)]})
     between = (5 / 25 + 4 / 16) / (1 / 25 + 1 / 16)  # the mean of the two that are out of order, in relative terms
-    assert [part.seconds(m) for m in (1, 2, 4, 6, 8)] == pytest.approx([3, between, between, (between + 9) / 2, 9])
-    assert 0 < part.seconds(0.1) < 3
+    expected = [3, between, between, (between + 9) / 2, 9]
+    assert [part.seconds({axis: n}) for n in (1, 2, 4, 6, 8)] == pytest.approx(expected)
+    assert part.seconds({axis: np.array([1, 8])}) == pytest.approx([3.0, 9.0])
+    assert part.seconds({axis: 1, other: 2}) == pytest.approx(3 * 6 / 9)
+    assert part.seconds({}) == 9
+    assert 0 < part.seconds({axis: 0.1}) < 3
 
 
 def test_tables_are_kept_on_disk(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +223,7 @@ def test_tables_are_kept_on_disk(net: nn.Module, tmp_path: Path, monkeypatch: py
     assert len(known) >= 8 and all(seconds > 0 for seconds in known.values())
     monkeypatch.setattr(type(BACKENDS["torch"]), "_build", None)
     second = measured()
-    assert [p.points for p in first.parts] == [p.points for p in second.parts]
+    assert [(p.dense, p.curves) for p in first.parts] == [(p.dense, p.curves) for p in second.parts]
     axis = groups[0].axis
     assert first.latency({}) == pytest.approx(1.0)
     half = {axis: axis.size // 2}

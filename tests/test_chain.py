@@ -219,12 +219,15 @@ def analysed(name: str) -> tuple[Analysis, list[Group]]:
 
 
 def clocked(analysis: Analysis, groups: list[Group]) -> LatencyCosts:
-    """Costs of a made-up clock: a fixed time and one that grows with the work in steps."""
+    """Costs of a made-up clock: a fixed time and one that grows with each width in steps."""
     costs = Costs(analysis)
     parts = split(analysis, groups)
     for i, part in enumerate(parts):
-        dense = float(costs._total(part.macs, {}))
-        part.points = [(share * dense, 1e-4 + 1e-8 * dense * share ** (0.5 + 0.1 * i)) for share in (0.1, 0.4, 1.0)]
+        work = 1e-8 * float(costs._total(part.macs, {}))
+        part.dense = 1e-4 + work
+        for axis in part.axes:
+            few = sorted({max(round(share * axis.size), 1) for share in (0.1, 0.4)})
+            part.curves[axis] = [(n, 1e-4 + work * (n / axis.size) ** (0.5 + 0.1 * i)) for n in few]
     return LatencyCosts(analysis, parts, 1e-2)
 
 
