@@ -477,19 +477,19 @@ def _compile(
         written = module_like(model, analysis, kept, rewritten.module, settings.seed) if settings.keep_class else None
     with clock.stage("prove"):
         proof = prove(analysis, kept, rewritten, model, settings.proof, settings.seed, settings.target.dead)
-    refitted: list[Refitted] = []
+    refitted, tuned = list[Refitted](), None
     method, options = reconstruct.settings(settings, chosen.data is not None)
     if chosen.data is not None and method != "none":
         with clock.stage("reconstruct"):
             known = chosen.chooser.statistics if chosen.chooser is not None else None
-            refitted = reconstruct.reconstruct(
+            refitted, tuned = reconstruct.reconstruct(
                 analysis, kept, rewritten, chosen.data, method, statistics=known, **options
             )
             if settings.keep_class:
                 written = module_like(model, analysis, kept, rewritten.module, settings.seed)
     plan = chosen.plan
     report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
-    report.refitted, report.clocked = refitted, chosen.clocked
+    report.refitted, report.tuned, report.clocked = refitted, tuned, chosen.clocked
     if chosen.data is not None:
         report.samples, report.random = chosen.data.samples, chosen.data.random
     if chosen.clocked is not None and not chosen.clocked.met(CLOCK_TOLERANCE):

@@ -57,7 +57,7 @@ def find_blocks(analysis: Analysis) -> list[Block]:
         if total.target is not aten.add.Tensor or total.kwargs or total not in everything:
             continue
         operands = total.args[:2]
-        if len(total.args) > 2 or any(not isinstance(n, fx.Node) or n.op != "call_function" for n in operands):
+        if len(total.args) > 2 or any(not isinstance(n, fx.Node) or n.op == "get_attr" for n in operands):
             continue
         for stream, branch in (operands, operands[::-1]):
             assert isinstance(stream, fx.Node)

@@ -98,11 +98,11 @@ class Clocked:
 
 @dataclass(frozen=True, slots=True)
 class Refitted:
-    """One layer after reconstruction.
+    """One layer after reconstruction, or the outputs after tuning.
 
     Attributes:
-        name: of its weight.
-        before, after: mean squared error of its result over the variance of the target, on the calibration data.
+        name: of its weight, or "outputs".
+        before, after: mean squared error of the result over the variance of the target, on calibration data.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Report:
         seconds: time spent in each stage.
         clocked: how a target on the clock was met.
         refitted: what reconstruction did to each layer.
+        tuned: what tuning did to the outputs, on calibration data held out for it.
         samples: of calibration.
         random: calibration was on random numbers.
         notes: what the user should know.
@@ -143,6 +144,7 @@ class Report:
     latency: list[Latency] = field(default_factory=list)
     clocked: Clocked | None = None
     refitted: list[Refitted] = field(default_factory=list)
+    tuned: Refitted | None = None
     samples: int = 0
     random: bool = False
 
@@ -222,6 +224,11 @@ class Report:
             worst = sorted(self.refitted, key=lambda r: r.after, reverse=True)[:_WORST]
             said = (f"{r.name} {max(r.before, 0):.3g} -> {max(r.after, 0):.3g}" for r in worst)
             lines.append(f"the largest errors of refitted layers: {', '.join(said)}")
+        if self.tuned is not None:
+            lines.append(
+                "tuned biases, scales and shifts: relative error of the outputs on data held out "
+                f"{self.tuned.before:.3g} -> {self.tuned.after:.3g}"
+            )
         lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
         return lines

@@ -226,6 +226,7 @@ def read_report(data: dict[str, Any]) -> Any:
             "latency": latency,
             "clocked": clocked,
             "refitted": [Refitted(**r) for r in data.get("refitted", [])],
+            "tuned": Refitted(**data["tuned"]) if data.get("tuned") else None,
         }
     )
 

@@ -344,8 +344,8 @@ def reconstruct(
     batch_norm: str = "mean",
     tune: int | None = None,
     rate: float = 0.01,
-) -> list[Refitted]:
-    """Refit the pruned module in place, layer after layer, and return how closely each gives what the dense layer gave.
+) -> tuple[list[Refitted], Refitted | None]:
+    """Refit the pruned module in place, layer after layer.
 
     Args:
         method: "none", "bias" (only the mean of what is missing) or "least_squares".
@@ -354,19 +354,21 @@ def reconstruct(
         batch_norm: which running statistics are measured again: "none", "mean" or "all".
         residual: layers that add to a stream also make good what it has lost.
         tune: afterwards, passes over the data in which biases, scales and shifts learn the dense model's outputs
-            (`fxprune.passes.tune`); "outputs" is the name of that row of the result. None is two behind least squares,
-            if there are more data than one step takes.
+            (`fxprune.passes.tune`). None is two behind least squares, if there are more data than one step takes.
         rate: of these, relative to the size of each vector.
+
+    Returns:
+        How closely each layer gives what the dense one gave, and, where there was tuning, the outputs.
     """
     if method == "none":
-        return []
+        return [], None
     known = statistics or Statistics(analysis, data=data)
     result = _Reconstruction(analysis, kept, pruned, data, known, method, damping, residual, batch_norm).run()
     if tune is None:
         tune = _PASSES if method == "least_squares" and tuning.enough(known, data) else 0
-    if tune:
-        result.append(Refitted("outputs", *tuning.tune(analysis, pruned, data, known, tune, rate)))
-    return result
+    if not tune:
+        return result, None
+    return result, Refitted("outputs", *tuning.tune(analysis, pruned, data, known, tune, rate))
 
 
 def settings(recipe: Recipe, data: bool) -> tuple[Method, dict[str, Any]]:

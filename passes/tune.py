@@ -52,9 +52,9 @@ def tune(
         raise InputError(f"tuning holds a part of the calibration data out: pass more than {_ROWS} samples")
     with torch.no_grad():
         dense = [_floats(reference.run(b.inputs)) for b in batches]
-    number = max(1, round(len(batches) * _HELD_OUT))
+    decide = max(1, round(len(batches) * _HELD_OUT))
     # Processes take every step together: as many as the one with the least data has.
-    each = int(gathered(np.array([float(len(batches) - number)])).min())
+    each = int(gathered(np.array([float(len(batches) - decide)])).min())
     module = pruned.module
     vectors = [p for p in module.parameters() if p.dim() == 1 and p.is_floating_point()]
     wanted = [p.requires_grad for p in module.parameters()]
@@ -66,7 +66,7 @@ def tune(
             p.requires_grad_()
         spread = _spread(dense)
         interpreter = fx.Interpreter(module)
-        held, rest = (batches[:number], dense[:number]), (batches[number:][:each], dense[number:][:each])
+        held, rest = (batches[:decide], dense[:decide]), (batches[decide:][:each], dense[decide:][:each])
         start = best = _mean(interpreter, *held, spread)
         state = [p.detach().clone() for p in vectors]
         full = [rate * _scale(p) for p in vectors]

@@ -203,3 +203,19 @@ def test_what_is_wrong_is_said(blocks: Any, more: dict[str, Any], kind: type[Exc
 def test_data_are_asked_for() -> None:
     with pytest.raises(InputError, match="blocks 'greedy' are chosen on calibration data"):
         fxprune.compile(made(), X, {"target": {"macs": 0.5}, "blocks": "greedy"})
+
+
+def test_a_branch_on_an_input_goes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch, self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.branch(x))  # type: ignore[no-any-return]
+
+    model, x = Net().eval(), torch.randn(8, 4)
+    recipe = {"target": {"macs": 0.9}, "round_to": 1, "blocks": {"name": "influence", "remove": 1}}
+    pruned = fxprune.compile(model, (x,), recipe, reconstruction="none", calibration=[(x,)])
+    assert pruned.plan.blocks == ["branch"]
+    torch.testing.assert_close(pruned.module(x), model.head(x))

@@ -350,8 +350,10 @@ def test_tuning_learns_the_dense_outputs() -> None:
     )
     x = tokens(64, 99)
     assert error(model, tuned.module, x) < 0.9 * error(model, plain.module, x)
-    (row,) = [r for r in tuned.report.refitted if r.name == "outputs"]
-    assert row.after < row.before
+    row = tuned.report.tuned
+    assert row is not None and row.after < row.before
+    assert plain.report.tuned is None
+    assert any(line.startswith("tuned biases") for line in tuned.report.lines())
     for (name, a), b in zip(plain.module.named_parameters(), tuned.module.parameters(), strict=True):
         assert torch.equal(a, b) == (a.dim() > 1), name
         assert a.requires_grad == b.requires_grad == (name != "down.weight")
@@ -382,4 +384,4 @@ def test_tuning_takes_data_to_hold_out() -> None:
     with pytest.raises(InputError, match="pass more than 32 samples"):
         fxprune.compile(model, tokens(2, 0), recipe, calibration=[tokens(16, 1)])
     pruned = fxprune.compile(model, tokens(2, 0), target={"macs": 0.6}, calibration=[tokens(16, 1)])
-    assert "outputs" not in [r.name for r in pruned.report.refitted]
+    assert pruned.report.tuned is None
