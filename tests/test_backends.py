@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.backends import BACKENDS, Backend, onnxruntime
@@ -341,6 +343,46 @@ def test_a_good_export_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_onnxruntime
+@pytest.mark.parametrize(("heads", "fused"), [(2, True), (1, False), (4, False)])
+def test_attention_is_one_operator_where_onnx_has_it(tmp_path: Path, heads: int, fused: bool) -> None:
+    """Keys that broadcast over heads, and as many groups as heads, have no such operator."""
+    inputs = (torch.randn(2, 4, 5, 8), torch.randn(2, heads, 5, 8))
+
+    class Net(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, k, enable_gqa=heads > 1)
+
+    onnxruntime.export(Net(), inputs, {}, tmp_path / "net.onnx")
+    operators = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    assert ("Attention" in operators) == fused
+    assert BACKENDS["onnxruntime"].build(Net(), inputs, threads=1).parity.max_rel < 1e-5
+
+
+def test_a_row_that_is_wholly_masked_attends_to_nothing() -> None:
+    class Net(nn.Module):
+        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    mask = torch.rand(2, 1, 5, 5) > 0.3
+    mask[0, 0, 2] = False
+    inputs = (torch.randn(2, 3, 5, 8), mask)
+    (found,) = BACKENDS["onnxruntime"].build(Net(), inputs, threads=1).run(*inputs)
+    assert torch.equal(found[0, :, 2], torch.zeros(3, 8))
+    torch.testing.assert_close(found, Net()(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_an_operator_that_is_missing_in_the_later_set_keeps_attention_in_pieces(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q) + 0 * torch.rand_like(q)
+
+    x = torch.randn(2, 4, 5, 8)
+    onnxruntime.export(Net(), (x,), {}, tmp_path / "net.onnx")
+    assert "Softmax" in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+    assert BACKENDS["onnxruntime"].build(Net(), (x,), threads=1).parity.max_rel < 1e-5
+
+
 def test_a_failed_export_tells_what_the_exporter_said(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BackendError) as caught:
         build(Unlucky(), torch.randn(2, 3, 3))
