@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ class Runner(abc.ABC):
 
         Raises BackendError where the backend rejects the arguments.
         """
+
+    def bind(self, *args: Any, **kwargs: Any) -> Callable[[], object]:
+        """Return a call that runs the model on these arguments as often as it is timed.
+
+        A backend that can lays the arguments out once and writes the outputs to one place, so that no call copies or
+        allocates what a caller in its place would have ready.
+        """
+        return functools.partial(self.run, *args, **kwargs)
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def measure(
         for name, module in (("dense", dense), ("pruned", pruned))
     }
     comparison = compare(
-        {name: lambda runner=runner: runner.run(*args, **kwargs) for name, runner in runners.items()},  # type: ignore[misc]
+        {name: runner.bind(*args, **kwargs) for name, runner in runners.items()},
         reference="dense",
         repeats=rounds,
     )

@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms
-from fxprune.backends.base import Backend, Runner
+from fxprune.backends.base import Backend
 from fxprune.backends.timing import compare
 from fxprune.blocks import live
 from fxprune.costs import Costs, Term
@@ -354,8 +354,7 @@ class Clock:
                 self.known = json.loads(self.file.read_text())
             except ValueError:
                 self.known = {}
-        self._reference: Runner | None = None
-        self.unit = 0.0
+        self._reference: Callable[[], object] | None = None
 
     def seconds(self, parts: Sequence[tuple[nn.Module, Sequence[Any]]]) -> list[float]:
         """Return the median time of each module on its inputs, in times of the reference; equal ones are timed once."""
@@ -365,18 +364,18 @@ class Clock:
             runners = self.backend.build_parts([unknown[key] for key in some], threads=self.threads)
             for key, runner in zip(some, runners, strict=True):
                 inputs = unknown[key][1]
-                self.known[key] = self.ratio(lambda runner=runner, inputs=inputs: runner.run(*inputs))  # type: ignore[misc]
+                self.known[key] = self.ratio(runner.bind(*inputs))
         return [self.known[key] for key in keys]
 
     def ratio(self, run: Callable[[], object]) -> float:
         """Return how many times the reference's time a call takes."""
         if self._reference is None:
             layer = nn.Linear(512, 512)
-            self._inputs = (torch.ones(64, 512),)
-            self._reference = self.backend.build(layer, self._inputs, threads=self.threads, batch_dynamic=False)
-        reference = self._reference
+            inputs = (torch.ones(64, 512),)
+            runner = self.backend.build(layer, inputs, threads=self.threads, batch_dynamic=False)
+            self._reference = runner.bind(*inputs)
         timed = compare(
-            {"reference": lambda: reference.run(*self._inputs), "part": run},
+            {"reference": self._reference, "part": run},
             reference="reference",
             repeats=REPEATS,
             warmup=2,

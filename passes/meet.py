@@ -49,8 +49,8 @@ class _Loop:
     def _compare(self, runner: Runner) -> Comparison:
         return compare(
             {
-                "dense": lambda: self.dense.run(*self.args, **self.kwargs),
-                "pruned": lambda: runner.run(*self.args, **self.kwargs),
+                "dense": self.dense.bind(*self.args, **self.kwargs),
+                "pruned": runner.bind(*self.args, **self.kwargs),
             },
             reference="dense",
             repeats=31,
@@ -93,7 +93,7 @@ def meet(
         backend,
         lambda group: step(group, chooser.multiple),
         threads=threads,
-        whole=lambda clock: clock.ratio(lambda: dense.run(*args, **kwargs)),
+        whole=lambda clock: clock.ratio(dense.bind(*args, **kwargs)),
         progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
     )
     chooser.costs = costs

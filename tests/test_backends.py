@@ -114,6 +114,15 @@ def test_runner_rejects_wrong_shapes(runner: Any) -> None:
         runner.run(image[:, :2], bias, scale=2.0)
 
 
+def test_a_bound_call_runs_again_and_again(runner: Any) -> None:
+    image, bias = arguments(3)
+    call = runner.bind(image.permute(0, 1, 3, 2), bias, scale=2.0)
+    call()
+    call()
+    with pytest.raises(BackendError):
+        runner.bind(image[:, :2], bias, scale=2.0)()
+
+
 def test_the_module_is_left_as_it_was(runner: Any, net: Net) -> None:
     assert all(module.training for module in net.modules())
     assert all(tensor.grad is None and tensor.requires_grad for tensor in net.parameters())
