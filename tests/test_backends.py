@@ -300,6 +300,20 @@ def test_the_session_has_the_options_that_were_asked_for(tmp_path: Path) -> None
 
 
 @needs_onnxruntime
+def test_denormal_numbers_are_zero_there_and_nowhere_else() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0.1 * 1e10
+
+    tiny = torch.full((4, 3), 1e-38)
+    runner = BACKENDS["onnxruntime"].build(Net(), (torch.ones(4, 3),), threads=1)
+    assert torch.equal(runner.run(tiny)[0], torch.zeros(4, 3))
+    assert (tiny * 0.1).min() > 0
+    runner.bind(tiny)()
+    assert (tiny * 0.1).min() > 0
+
+
+@needs_onnxruntime
 def test_another_provider_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime as ort
 
