@@ -362,27 +362,30 @@ class Clock:
         unknown = {key: part for key, part in zip(keys, parts, strict=True) if key not in self.known}
         for some in _portions(unknown):
             runners = self.backend.build_parts([unknown[key] for key in some], threads=self.threads)
-            for key, runner in zip(some, runners, strict=True):
-                inputs = unknown[key][1]
-                self.known[key] = self.ratio(runner.bind(*inputs))
+            calls = {key: runner.bind(*unknown[key][1]) for key, runner in zip(some, runners, strict=True)}
+            self.known.update(self.ratios(calls))
         return [self.known[key] for key in keys]
 
-    def ratio(self, run: Callable[[], object]) -> float:
-        """Return how many times the reference's time a call takes."""
+    def ratios(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        """Return how many times the reference's time each call takes.
+
+        Every round runs all of them once, so that a slow spell of the machine meets a few samples of each and not all
+        of one, and each finds the caches as the others, like the rest of its model, leave them.
+        """
         if self._reference is None:
             layer = nn.Linear(512, 512)
             inputs = (torch.ones(64, 512),)
             runner = self.backend.build(layer, inputs, threads=self.threads, batch_dynamic=False)
             self._reference = runner.bind(*inputs)
         timed = compare(
-            {"reference": self._reference, "part": run},
+            {"reference": self._reference, **calls},
             reference="reference",
             repeats=REPEATS,
             warmup=2,
             min_time=0.001,
         )
-        part, unit = (np.quantile(timed.latencies[n].samples, _QUANTILE) for n in ("part", "reference"))
-        return float(part / unit)
+        low = {name: float(np.quantile(latency.samples, _QUANTILE)) for name, latency in timed.latencies.items()}
+        return {name: low[name] / low["reference"] for name in calls}
 
     def save(self) -> None:
         """Write the times to disk."""

@@ -93,7 +93,7 @@ def meet(
         backend,
         lambda group: step(group, chooser.multiple),
         threads=threads,
-        whole=lambda clock: clock.ratio(dense.bind(*args, **kwargs)),
+        whole=lambda clock: clock.ratios({"dense": dense.bind(*args, **kwargs)})["dense"],
         progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
     )
     chooser.costs = costs
