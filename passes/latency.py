@@ -373,8 +373,9 @@ class Clock:
         of one, and each finds the caches as the others, like the rest of its model, leave them.
         """
         if self._reference is None:
-            layer = nn.Linear(512, 512)
-            inputs = (torch.ones(64, 512),)
+            # Milliseconds of work: a shorter call is mostly the waking of threads.
+            layer = nn.Linear(1024, 1024)
+            inputs = (torch.ones(512, 1024),)
             runner = self.backend.build(layer, inputs, threads=self.threads, batch_dynamic=False)
             self._reference = runner.bind(*inputs)
         timed = compare(
