@@ -36,7 +36,9 @@ from fxprune.rewrite import Rewritten
 
 aten = torch.ops.aten
 Method = Literal["none", "bias", "least_squares"]
-_PASSES = 2
+#: One row in so many is held out to choose the damping among these by.
+_HELD_OUT = 8
+_DAMPINGS = (DAMPING, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 _OPTIONS = ("damping", "residual", "batch_norm", "tune", "rate")
 
 
@@ -101,31 +103,70 @@ class _Steps:
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Second moments of pruned inputs and targets."""
+class _Moments:
+    """Sums over rows of pruned inputs and targets, float64.
 
-    moment: Tensor | None = None
-    cross: Tensor | None = None
-    target: Tensor | None = None  # sums of t and of t^2, for the error
-    count: float = 0.0
+    Attributes:
+        moment: of x x^T, (groups, in, in).
+        cross: of t x^T, (groups, out, in).
+        target: of t and of t^2, (2, groups, out).
+    """
+
+    moment: Tensor
+    cross: Tensor
+    target: Tensor
+    count: float
+
+    @classmethod
+    def of(cls, x: Tensor, t: Tensor) -> _Moments:
+        """x (groups, rows, in), t (groups, rows, out): products in their own precision."""
+        moment, cross = (x.transpose(1, 2) @ x).double(), (t.transpose(1, 2) @ x).double()
+        return cls(moment, cross, torch.stack([t.double().sum(1), t.double().square().sum(1)]), x.shape[1])
+
+    def __add__(self, other: _Moments) -> _Moments:
+        return _Moments(
+            self.moment + other.moment, self.cross + other.cross, self.target + other.target, self.count + other.count
+        )
+
+    def mean(self) -> _Moments:
+        """Per row."""
+        return _Moments(self.moment / self.count, self.cross / self.count, self.target / self.count, 1.0)
+
+    def shared(self) -> _Moments:
+        """Added up over all processes."""
+        count = float(summed(torch.tensor(self.count, dtype=torch.float64)))
+        return _Moments(summed(self.moment), summed(self.cross), summed(self.target), count)
+
+    def error(self, matrix: Tensor) -> float:
+        """Return the sum of |t - W x|^2 for W (groups, out, in)."""
+        fit = (matrix @ self.moment * matrix).sum() - 2 * (matrix * self.cross).sum()
+        return float(fit + self.target[1].sum())
+
+    def group(self, g: int) -> _Moments:
+        """One group alone."""
+        part = slice(g, g + 1)
+        return _Moments(self.moment[part], self.cross[part], self.target[:, part], self.count)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """The moments that weights are fitted to, and those of rows held out to see how strongly to damp the fit."""
+
+    fit: _Moments | None = None
+    held: _Moments | None = None
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        """x (groups, rows, in), t (groups, rows, out): products in their own precision, sums in float64."""
-        moment, cross = (x.transpose(1, 2) @ x).double(), (t.transpose(1, 2) @ x).double()
-        target = torch.stack([t.double().sum(1), t.double().square().sum(1)])
-        if self.moment is None or self.cross is None or self.target is None:
-            self.moment, self.cross, self.target = moment, cross, target
-        else:
-            self.moment += moment
-            self.cross += cross
-            self.target += target
-        self.count += x.shape[1]
+        """The last rows of every portion, samples of their own, are held out."""
+        cut = x.shape[1] - x.shape[1] // _HELD_OUT
+        fit, held = _Moments.of(x[:, :cut], t[:, :cut]), _Moments.of(x[:, cut:], t[:, cut:])
+        self.fit, self.held = (
+            (fit, held) if self.fit is None or self.held is None else (self.fit + fit, self.held + held)
+        )
 
     def share(self) -> None:
         """Add up over all processes."""
-        if self.moment is not None and self.cross is not None and self.target is not None:
-            self.moment, self.cross, self.target = summed(self.moment), summed(self.cross), summed(self.target)
-            self.count = float(summed(torch.tensor(self.count, dtype=torch.float64)))
+        if self.fit is not None and self.held is not None:
+            self.fit, self.held = self.fit.shared(), self.held.shared()
 
 
 @dataclass
@@ -136,7 +177,7 @@ class _Reconstruction:
     data: Calibration
     statistics: Statistics
     method: Method
-    damping: float
+    damping: float | None
     residual: bool
     statistics_of_norms: str
     result: list[Refitted] = field(default_factory=list)
@@ -223,31 +264,42 @@ class _Reconstruction:
         groups: int,
         sums: _Sums,
     ) -> None:
-        assert sums.moment is not None and sums.cross is not None and sums.target is not None
-        if not sums.count:
+        assert sums.fit is not None and sums.held is not None
+        everything = sums.fit + sums.held
+        if not everything.count:
             return
-        moment, cross, target = sums.moment / sums.count, sums.cross / sums.count, sums.target / sums.count
-        if not all(bool(torch.isfinite(t).all()) for t in (moment, cross)):
+        everything = everything.mean()
+        if not all(bool(torch.isfinite(t).all()) for t in (everything.moment, everything.cross)):
             raise NonFiniteError(f"calibration: what {describe(c.node)} reads holds NaN or infinite values")
         matrix = c.matrix(weight, groups).double()
         if bias is not None:
             matrix = torch.cat([matrix, bias.double().reshape(groups, -1, 1)], 2)
         new = matrix.clone()
         for g in range(groups):
+            moment, cross = everything.moment[g], everything.cross[g]
             if self.method == "least_squares" and weight_name is not None:
-                new[g] = refit(matrix[g], moment[g], cross[g], self.damping)
+                damping = self._damping(matrix[g], sums.fit.group(g), sums.held.group(g))
+                new[g] = refit(matrix[g], moment, cross, damping)
             elif bias is not None and bias_name is not None:
-                mean = moment[g][-1]
-                new[g, :, -1] += cross[g][:, -1] - matrix[g] @ mean
-        before, after = (_error(m, moment, cross, target) for m in (matrix, new))
+                new[g, :, -1] += cross[:, -1] - matrix[g] @ moment[-1]
+        before, after = everything.error(matrix), everything.error(new)
         if not after <= before:  # nothing was won
             new, after = matrix, before
-        variance = float((target[1] - target[0].square()).sum())
+        variance = float((everything.target[1] - everything.target[0].square()).sum())
         self.result.append(Refitted(c.weight, before / max(variance, 1e-300), after / max(variance, 1e-300)))
         if bias is not None and bias_name is not None:
             self._set(bias_name, new[:, :, -1].reshape(-1))
         if weight_name is not None and self.method == "least_squares":
             self._set(weight_name, c.tensor(new[:, :, :-1] if bias is not None else new, weight.shape))
+
+    def _damping(self, matrix: Tensor, fit: _Moments, held: _Moments) -> float:
+        """The damping that was asked for, or that with which weights fitted to some rows do best on the others."""
+        if self.damping is not None:
+            return self.damping
+        if not fit.count or not held.count:
+            return DAMPING
+        mean = fit.mean()
+        return min(_DAMPINGS, key=lambda d: held.error(refit(matrix, mean.moment[0], mean.cross[0], d)[None]))
 
     def _groups(self, node: fx.Node, c: Contraction) -> int:
         if node.op == "call_module":
@@ -325,12 +377,6 @@ def _single(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _error(matrix: Tensor, moment: Tensor, cross: Tensor, target: Tensor) -> float:
-    """E |t - W x|^2, summed over groups."""
-    fit = (matrix @ moment * matrix).sum() - 2 * (matrix * cross).sum()
-    return float(fit + target[1].sum())
-
-
 def reconstruct(
     analysis: Analysis,
     kept: Kept,
@@ -339,10 +385,10 @@ def reconstruct(
     method: Method = "least_squares",
     *,
     statistics: Statistics | None = None,
-    damping: float = DAMPING,
+    damping: float | None = None,
     residual: bool = True,
     batch_norm: str = "mean",
-    tune: int | None = None,
+    tune: int = 0,
     rate: float = 0.01,
 ) -> tuple[list[Refitted], Refitted | None]:
     """Refit the pruned module in place, layer after layer.
@@ -350,11 +396,12 @@ def reconstruct(
     Args:
         method: "none", "bias" (only the mean of what is missing) or "least_squares".
         statistics: where it is known already which rows are padding.
-        damping: how strongly weights are drawn to what they were, as a share of the inputs' mean energy.
+        damping: how strongly weights are drawn to what they were, as a share of the inputs' mean energy. None chooses
+            it for each layer by an eighth of the rows: few data say little about many weights.
         batch_norm: which running statistics are measured again: "none", "mean" or "all".
         residual: layers that add to a stream also make good what it has lost.
         tune: afterwards, passes over the data in which biases, scales and shifts learn the dense model's outputs
-            (`fxprune.passes.tune`). None is two behind least squares, if there are more data than one step takes.
+            (`fxprune.passes.tune`); an eighth of the data is then kept from the fit too, and decides.
         rate: of these, relative to the size of each vector.
 
     Returns:
@@ -363,12 +410,11 @@ def reconstruct(
     if method == "none":
         return [], None
     known = statistics or Statistics(analysis, data=data)
-    result = _Reconstruction(analysis, kept, pruned, data, known, method, damping, residual, batch_norm).run()
-    if tune is None:
-        tune = _PASSES if method == "least_squares" and tuning.enough(known, data) else 0
-    if not tune:
+    rest, held = tuning.split(data, known) if tune else (data, None)
+    result = _Reconstruction(analysis, kept, pruned, rest, known, method, damping, residual, batch_norm).run()
+    if held is None:
         return result, None
-    return result, Refitted("outputs", *tuning.tune(analysis, pruned, data, known, tune, rate))
+    return result, Refitted("outputs", *tuning.tune(analysis, pruned, rest, held, known, tune, rate))
 
 
 def settings(recipe: Recipe, data: bool) -> tuple[Method, dict[str, Any]]:

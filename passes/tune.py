@@ -1,15 +1,16 @@
 """Tuning: the vectors of a refitted model (scales and shifts of norms, biases) learn what the dense model puts out.
 
 No labels and no loss of the user's: the squared error to the dense outputs on the calibration data falls by Adam, over
-a few passes. Vectors are too few to learn the data by heart; a part of the data that takes no part in it decides which
-of the passes was the best, the start included. Compare the corrections of scales and shifts after pruning in Frantar
-and Alistarh, "Optimal Brain Compression" (2022), section 5.
+a few passes. A part of the data that took no part in the fit decides which of the passes was the best, the start
+included: what was fitted to few data gains nothing from more of the same. Compare the corrections of scales and shifts
+after pruning in Frantar and Alistarh, "Optimal Brain Compression" (2022), section 5.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,30 +32,45 @@ _HELD_OUT = 1 / 8
 _ROWS = 32
 
 
-def tune(
-    analysis: Analysis, pruned: Rewritten, data: Calibration, statistics: Statistics, passes: int, rate: float
-) -> tuple[float, float]:
-    """Tune the vectors of the pruned module in place; return the error on the held-out data before and after.
-
-    Args:
-        passes: over the calibration data.
-        rate: of Adam at the start, relative to the root mean square of each vector; it falls to zero along a cosine.
-
-    Returns:
-        Squared errors of the outputs over the dense outputs' variance.
+def split(data: Calibration, statistics: Statistics) -> tuple[Calibration, Calibration]:
+    """Return the data to fit and tune on, and those that decide, which neither may have seen.
 
     Raises:
         InputError: there is only one portion of data, so that nothing is left to decide by.
     """
-    reference = Reference(analysis, Kept({}), dense_weights(analysis.captured), None)
     batches = list(portions(statistics, data, _ROWS))
     if len(batches) < 2:
         raise InputError(f"tuning holds a part of the calibration data out: pass more than {_ROWS} samples")
+    decide = max(1, round(len(batches) * _HELD_OUT))
+    return replace(data, batches=batches[decide:]), replace(data, batches=batches[:decide])
+
+
+def tune(
+    analysis: Analysis,
+    pruned: Rewritten,
+    data: Calibration,
+    held: Calibration,
+    statistics: Statistics,
+    passes: int,
+    rate: float,
+) -> tuple[float, float]:
+    """Tune the vectors of the pruned module in place; return the error on the held-out data before and after.
+
+    Args:
+        data, held: see `split`.
+        passes: over the data.
+        rate: of Adam at the start, relative to the root mean square of each vector; it falls to zero along a cosine.
+
+    Returns:
+        Squared errors of the outputs over the dense outputs' variance.
+    """
+    reference = Reference(analysis, Kept({}), dense_weights(analysis.captured), None)
+    # Processes take every step together: as many as the one with the least data has.
+    each = int(gathered(np.array([float(len(data.batches))])).min())
+    batches = [*held.batches, *data.batches[:each]]
     with torch.no_grad():
         dense = [_floats(reference.run(b.inputs)) for b in batches]
-    decide = max(1, round(len(batches) * _HELD_OUT))
-    # Processes take every step together: as many as the one with the least data has.
-    each = int(gathered(np.array([float(len(batches) - decide)])).min())
+    decide = len(held.batches)
     module = pruned.module
     vectors = [p for p in module.parameters() if p.dim() == 1 and p.is_floating_point()]
     wanted = [p.requires_grad for p in module.parameters()]
@@ -66,8 +82,8 @@ def tune(
             p.requires_grad_()
         spread = _spread(dense)
         interpreter = fx.Interpreter(module)
-        held, rest = (batches[:decide], dense[:decide]), (batches[decide:][:each], dense[decide:][:each])
-        start = best = _mean(interpreter, *held, spread)
+        decisive, rest = (batches[:decide], dense[:decide]), (batches[decide:], dense[decide:])
+        start = best = _mean(interpreter, *decisive, spread)
         state = [p.detach().clone() for p in vectors]
         full = [rate * _scale(p) for p in vectors]
         groups = [{"params": [p], "lr": top} for p, top in zip(vectors, full, strict=True)]
@@ -86,7 +102,7 @@ def tune(
                 for p in vectors:
                     p.grad = None if p.grad is None else summed(p.grad)
                 optimizer.step()
-            error = _mean(interpreter, *held, spread)
+            error = _mean(interpreter, *decisive, spread)
             if error < best:
                 best, state = error, [p.detach().clone() for p in vectors]
         with torch.no_grad():
@@ -98,11 +114,6 @@ def tune(
             p.requires_grad_(flag)
         module.train(training)
     return start, best
-
-
-def enough(statistics: Statistics, data: Calibration) -> bool:
-    """Whether a part of the data can be held out."""
-    return len(list(portions(statistics, data, _ROWS))) > 1
 
 
 def _floats(outputs: Sequence[Any]) -> list[Tensor]:
