@@ -34,14 +34,19 @@ from fxprune.errors import FxpruneError
 
 BACKEND = "onnxruntime"
 SPEEDUPS = (1.5, 2.0, 3.0)
-#: Samples that models are pruned with, fewer of long ones.
-SAMPLES = 512
-FEWER = {"stdlib_gpt": 256}
+#: Samples that models are pruned with: about as many tokens or pixels of each.
+SAMPLES = {
+    "digits_resnet": 512,
+    "digits_vit": 512,
+    "minilm_similarity": 2048,
+    "minilm_modules": 2048,
+    "stdlib_gpt": 256,
+}
 RESULTS = Path(__file__).parent / "results"
 #: What fxprune's methods add to the recipe; the first is what it does where nothing is said.
 OWN: dict[str, dict[str, Any]] = {
     "fxprune": {},
-    "fxprune, not tuned": {"reconstruction": {"name": "least_squares", "tune": 0}},
+    "fxprune, tuned": {"reconstruction": {"name": "least_squares", "tune": 3}},
     "fxprune, not reconstructed": {"reconstruction": "none"},
     "fxprune magnitude": {"criterion": "magnitude", "allocation": "uniform", "reconstruction": "none"},
 }
@@ -305,7 +310,7 @@ def main(
     speedup: Annotated[list[float] | None, typer.Option(help="speed-ups; by default 1.5, 2 and 3")] = None,
     method: Annotated[list[str] | None, typer.Option(help="methods; all where there is none")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    samples: Annotated[int, typer.Option(min=1, help="that models are pruned with")] = SAMPLES,
+    samples: Annotated[int | None, typer.Option(min=1, help="that models are pruned with")] = None,
     resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "accuracy.json",
 ) -> None:
@@ -318,10 +323,11 @@ def main(
     if unknown:
         raise typer.BadParameter(f"there is no {unknown[0]!r}: methods {[*OWN, *PEERS]}, tasks {list(TASKS)}")
     document: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {"tasks": {}}
-    document |= {"machine": machine.describe(), "threads": threads, "samples": samples, "backend": BACKEND}
+    document |= {"machine": machine.describe(), "threads": threads, "backend": BACKEND}
     for name in names or TASKS:
-        place = Place(name, TASKS[name], threads, min(samples, FEWER.get(name, samples)))
+        place = Place(name, TASKS[name], threads, samples or SAMPLES[name])
         result = document["tasks"].setdefault(name, {"speedups": {}})
+        result["samples"] = place.samples
         result["dense"] = TASKS[name].score(place.model)
         for wanted in speedup or SPEEDUPS:
             cells = result["speedups"].setdefault(f"{wanted:g}", {})
