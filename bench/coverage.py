@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import queue
 import statistics
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable
@@ -56,7 +57,9 @@ def _free(analysis: Analysis) -> float:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """What an error says first, files of installed packages without the place where this machine has them."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return text.replace(f"{sysconfig.get_path('purelib')}/", "")[:300]
 
 
 def run_fxprune(shelf: str, name: str, proof: str) -> dict[str, Any]:

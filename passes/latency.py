@@ -45,6 +45,9 @@ GRID = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 #: Rounds of a measurement of one part. The time is a low quantile of them: other work on the machine only ever adds.
 REPEATS = 31
 _QUANTILE = 0.2
+#: Rows and width of the linear layer that times are multiples of: milliseconds of work, as a shorter call is mostly the
+#: waking of threads.
+_REFERENCE = (512, 1024)
 #: Parts are built together as long as their weights and inputs take at most so many bytes.
 _TOGETHER = 512 * 2**20
 
@@ -357,7 +360,7 @@ class Clock:
         self._reference: Callable[[], object] | None = None
 
     def seconds(self, parts: Sequence[tuple[nn.Module, Sequence[Any]]]) -> list[float]:
-        """Return the median time of each module on its inputs, in times of the reference; equal ones are timed once."""
+        """Return the time of each module on its inputs, in times of the reference; equal ones are timed once."""
         keys = [_digest([self.backend.name, *_describe(module, inputs)]) for module, inputs in parts]
         unknown = {key: part for key, part in zip(keys, parts, strict=True) if key not in self.known}
         for some in _portions(unknown):
@@ -373,9 +376,8 @@ class Clock:
         of one, and each finds the caches as the others, like the rest of its model, leave them.
         """
         if self._reference is None:
-            # Milliseconds of work: a shorter call is mostly the waking of threads.
-            layer = nn.Linear(1024, 1024)
-            inputs = (torch.ones(512, 1024),)
+            rows, width = _REFERENCE
+            layer, inputs = nn.Linear(width, width), (torch.ones(rows, width),)
             runner = self.backend.build(layer, inputs, threads=self.threads, batch_dynamic=False)
             self._reference = runner.bind(*inputs)
         timed = compare(
@@ -422,7 +424,7 @@ def _machine(threads: int) -> list[Any]:
             return ""
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return [device, threads, torch.__version__, version("onnxruntime"), version("tensorrt")]
+    return [device, threads, _REFERENCE, torch.__version__, version("onnxruntime"), version("tensorrt")]
 
 
 def _processor() -> str:
