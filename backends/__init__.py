@@ -4,6 +4,6 @@ Importing this package registers the backends; no backend's library is imported 
 """
 
 from fxprune.backends import onnxruntime, torch
-from fxprune.backends.base import BACKENDS, Backend, Runner
+from fxprune.backends.base import BACKENDS, Backend, Runner, chosen
 
-__all__ = ["BACKENDS", "Backend", "Runner", "onnxruntime", "torch"]
+__all__ = ["BACKENDS", "Backend", "Runner", "chosen", "onnxruntime", "torch"]

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.errors import BackendError, InputError
-from fxprune.registry import Registry
+from fxprune.registry import Registry, nearest
 
 #: The largest relative difference from torch (see `compare_outputs`) that a built model may show.
 TOLERANCE = 1e-3
@@ -50,9 +51,42 @@ class Runner(abc.ABC):
 
 
 class Backend(abc.ABC):
-    """One way to run a model. Subclasses set `name`, and write `available`, `preferred_multiple` and `_build`."""
+    """One way to run a model.
+
+    Subclasses set `name` and `OPTIONS`, and write `available`, `preferred_multiple` and `_build`.
+    """
 
     name: str
+    #: Option -> the values that it can have, the default first.
+    OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {option: values[0] for option, values in self.OPTIONS.items()}
+
+    @property
+    def key(self) -> str:
+        """The name, and the options that are not the defaults."""
+        said = [f"{k}={v}" for k, v in self.options.items() if v != self.OPTIONS[k][0]]
+        return f"{self.name}({', '.join(said)})" if said else self.name
+
+    def configured(self, **options: Any) -> Backend:
+        """Return this backend with options set.
+
+        Raises BackendError where it has no such option, or the option no such value.
+        """
+        for option, value in options.items():
+            if option not in self.OPTIONS:
+                known = list(self.OPTIONS)
+                raise BackendError(
+                    f"backend '{self.name}' has no option '{option}'{nearest(option, known) or '.'} "
+                    f"Known: {', '.join(known) or 'none'}"
+                )
+            if value not in self.OPTIONS[option]:
+                allowed = ", ".join(map(str, self.OPTIONS[option]))
+                raise BackendError(f"backend '{self.name}': {option} is one of {allowed}, not {value!r}")
+        result = copy.copy(self)
+        result.options = self.options | options
+        return result
 
     @property
     @abc.abstractmethod
@@ -111,6 +145,25 @@ class Backend(abc.ABC):
 
 
 BACKENDS: Registry[Backend] = Registry("backend", BackendError)
+
+
+def chosen(setting: str | Mapping[str, Any]) -> Backend:
+    """Return the backend that a recipe names, with its options.
+
+    Raises BackendError where there is no such backend, option or value.
+
+    >>> chosen({"name": "torch"}).key
+    'torch'
+    >>> chosen({"name": "torch", "dtpye": "bfloat16"})
+    Traceback (most recent call last):
+        ...
+    fxprune.errors.BackendError: backend 'torch' has no option 'dtpye'. Known: none
+    """
+    given = {"name": setting} if isinstance(setting, str) else dict(setting)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        raise BackendError(f'backend is a name or {{"name": ..., option: value}}, not {setting!r}')
+    return BACKENDS[name].configured(**given)
 
 
 def inference_copy(module: nn.Module) -> nn.Module:

@@ -84,6 +84,7 @@ class TorchBackend(Backend):
     """torch on the CPU, compiled or not."""
 
     def __init__(self, name: str, compiled: bool) -> None:
+        super().__init__()
         self.name = name
         self._compiled = compiled
 

@@ -162,7 +162,7 @@ class Pruned:
         self,
         against: nn.Module | None = None,
         *,
-        backend: str | None = None,
+        backend: str | Mapping[str, Any] | None = None,
         threads: int | None = None,
         batch: int | None = None,
         rounds: int = 30,
@@ -171,7 +171,7 @@ class Pruned:
 
         Args:
             against: the dense model; by default the one that was compiled.
-            backend: by default the recipe's.
+            backend: a name, or {"name": ..., option: value}; by default the recipe's.
             threads: by default torch's number of threads.
             batch: by default that of the example inputs.
         """
@@ -315,7 +315,7 @@ def _settings(
     recipe: Any, plan: Plan | None, overrides: dict[str, Any], data: bool = False, metric: object = None
 ) -> Recipe:
     """The recipe; names that it gets wrong are refused before any work is done."""
-    from fxprune.backends import BACKENDS
+    from fxprune.backends import chosen
     from fxprune.passes import reconstruct
     from fxprune.passes.choose import functions
 
@@ -339,10 +339,10 @@ def _settings(
         raise RecipeError("target max_drop and `metric`, a function from a model to a number, go together")
     if settings.keep_class and (target.clocked or target.max_drop is not None):
         raise RecipeError("keep_class goes with the targets macs and params; the others are met without it")
-    backend = BACKENDS[settings.backend]
+    backend = chosen(settings.backend)
     reason = backend.available() if target.clocked else None
     if reason is not None:
-        raise BackendError(f"backend '{settings.backend}' cannot be used here: {reason}")
+        raise BackendError(f"backend '{backend.name}' cannot be used here: {reason}")
     return settings
 
 
@@ -373,7 +373,7 @@ def _choose(
     calibration: Any = None,
     loss: Any = None,
 ) -> _Chosen:
-    from fxprune.backends import BACKENDS
+    from fxprune.backends import chosen as backend_of
     from fxprune.passes.calibration import calibration as batches
     from fxprune.passes.choose import chooser, preferred
     from fxprune.passes.meet import meet
@@ -420,7 +420,7 @@ def _choose(
             captured.notes += turned
             scored = chooser(analysis, groups, settings, costs, multiple, None, data, admitted.model, clock.say)
             if settings.target.clocked:
-                backend = BACKENDS[settings.backend]
+                backend = backend_of(settings.backend)
                 kept, clocked = meet(scored, admitted.model, args, keywords, backend, clock.say)
             else:
                 kept = scored.kept(*settings.target.cost)

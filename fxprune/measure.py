@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.backends import BACKENDS
+from fxprune.backends import chosen
 from fxprune.backends.timing import LEAST_REPEATS, compare
 from fxprune.errors import InputError
 from fxprune.report import Latency, Pair
@@ -18,7 +19,7 @@ def measure(
     pruned: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    backend: str,
+    backend: str | Mapping[str, Any],
     threads: int | None = None,
     rounds: int = 30,
     batch_dynamic: bool = True,
@@ -31,10 +32,10 @@ def measure(
     """
     if rounds < LEAST_REPEATS:
         raise InputError(f"{rounds} rounds allow no 95 % interval; take {LEAST_REPEATS} or more")
-    chosen = BACKENDS[backend]
+    runs_on = chosen(backend)
     count = threads or torch.get_num_threads()
     runners = {
-        name: chosen.build(module, args, kwargs, threads=count, batch_dynamic=batch_dynamic)
+        name: runs_on.build(module, args, kwargs, threads=count, batch_dynamic=batch_dynamic)
         for name, module in (("dense", dense), ("pruned", pruned))
     }
     comparison = compare(
@@ -46,7 +47,7 @@ def measure(
     speedup = comparison.ratio("pruned")
     spread = [high - low for low, high in (before.quartiles, after.quartiles)]
     return Latency(
-        backend=backend,
+        backend=runs_on.key,
         threads=count,
         batch=_batch(args, kwargs),
         milliseconds=Pair(before.median * 1e3, after.median * 1e3),

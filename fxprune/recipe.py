@@ -113,7 +113,7 @@ class Recipe(BaseModel):
             data, see `fxprune.passes.depth`), or {"name": ..., "remove": how many}. Without a number blocks go as long
             as the target is not overshot, and widths make up the rest.
         floor: no group keeps a smaller share of its units than this, unless `ratios` say so.
-        backend: what the model will run on.
+        backend: what the model will run on: a name, or {"name": ..., option: value}.
         threads: of the backend, for targets on the clock; None takes torch's number.
         reconstruction: "auto" (least_squares with calibration data, none without), "none", "bias", "least_squares", or
             {"name": ..., option: value}: see `fxprune.passes.reconstruct`.
@@ -136,7 +136,7 @@ class Recipe(BaseModel):
     ratios: dict[str, float | Range] = Field(default_factory=dict)
     blocks: str | dict[str, Any] = "none"
     floor: float = Field(default=0.05, ge=0, lt=1)
-    backend: str = "onnxruntime"
+    backend: str | dict[str, Any] = "onnxruntime"
     threads: int | None = Field(default=None, ge=1)
     reconstruction: str | dict[str, Any] = "auto"
     basis: Literal["auto", "principal", "none"] = "auto"

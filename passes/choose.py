@@ -259,9 +259,9 @@ def _best(scores: Scores, count: int) -> Indices:
 
 def preferred(recipe: Recipe) -> int:
     """Return what widths are rounded to: `round_to`, or what the backend runs fast."""
-    from fxprune.backends import BACKENDS
+    from fxprune.backends import chosen
 
-    return recipe.round_to or BACKENDS[recipe.backend].preferred_multiple
+    return recipe.round_to or chosen(recipe.backend).preferred_multiple
 
 
 def step(group: Group, multiple: int) -> int:

@@ -361,7 +361,7 @@ class Clock:
 
     def seconds(self, parts: Sequence[tuple[nn.Module, Sequence[Any]]]) -> list[float]:
         """Return the time of each module on its inputs, in times of the reference; equal ones are timed once."""
-        keys = [_digest([self.backend.name, *_describe(module, inputs)]) for module, inputs in parts]
+        keys = [_digest([self.backend.key, *_describe(module, inputs)]) for module, inputs in parts]
         unknown = {key: part for key, part in zip(keys, parts, strict=True) if key not in self.known}
         for some in _portions(unknown):
             runners = self.backend.build_parts([unknown[key] for key in some], threads=self.threads)

@@ -84,7 +84,7 @@ def meet(
         timed = loop._compare(dense).latencies["dense"]
         goal = timed.median * 1e3 / recipe.target.latency_ms
         if goal <= 1:
-            return Kept({}), Clocked(goal, backend.name, threads)
+            return Kept({}), Clocked(goal, backend.key, threads)
     progress("measure its parts")
     costs = tables(
         analysis,
@@ -97,7 +97,7 @@ def meet(
         progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
     )
     chooser.costs = costs
-    result = Clocked(goal, backend.name, threads, residual=costs.residual)
+    result = Clocked(goal, backend.key, threads, residual=costs.residual)
     return _attempt(loop, costs, result, progress), result
 
 

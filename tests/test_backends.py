@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.backends import BACKENDS, Backend, onnxruntime
+from fxprune.backends import BACKENDS, Backend, chosen, onnxruntime
 from fxprune.backends import torch as torch_backend
 from fxprune.backends.base import TOLERANCE, compare_outputs, inference_copy
 from fxprune.errors import BackendError, InputError
@@ -501,3 +502,24 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend.shutil, "which", lambda name: None)
     assert BACKENDS["torch"].available() is None
     assert "neither g++ nor clang++ was found" in str(BACKENDS["torch-compile"].available())
+
+
+# ---------------------------------------------------------------------- options
+def test_options_of_a_backend() -> None:
+    class Optional(type(BACKENDS["torch"])):  # type: ignore[misc]
+        OPTIONS = MappingProxyType({"dtype": ("float32", "bfloat16")})
+
+    plain = Optional("optional", compiled=False)
+    half = plain.configured(dtype="bfloat16")
+    assert (plain.key, half.key, plain.options) == ("optional", "optional(dtype=bfloat16)", {"dtype": "float32"})
+    with pytest.raises(BackendError, match="'optional' has no option 'dtpye'; did you mean 'dtype'"):
+        plain.configured(dtpye="bfloat16")
+    with pytest.raises(BackendError, match="dtype is one of float32, bfloat16, not 'int3'"):
+        plain.configured(dtype="int3")
+
+
+def test_a_recipe_entry_for_a_backend() -> None:
+    assert chosen("torch") is not None
+    assert chosen({"name": "torch"}).key == "torch"
+    with pytest.raises(BackendError, match="backend is a name or"):
+        chosen({"dtype": "float16"})

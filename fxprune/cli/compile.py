@@ -18,7 +18,7 @@ from fxprune import named
 from fxprune.api import Pruned, rebatch, settings_of
 from fxprune.api import compile as compile_model
 from fxprune.api import dry_run as dry_run_model
-from fxprune.backends import BACKENDS
+from fxprune.backends import chosen
 from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import (
     TARGETS,
@@ -198,7 +198,7 @@ def compile(
             **({} if made is None else given),
         )
         if measure:
-            progress(f"measure on {settings.backend}")
+            progress(f"measure on {chosen(settings.backend).key}")
             try:
                 pruned.measure(threads=threads)
             except FxpruneError as error:  # what took long to make is saved first
@@ -263,10 +263,11 @@ def _check_before(
     if out is None:
         raise RecipeError("there is no --out DIRECTORY to save the pruned model in; --dry-run needs none")
     functions(settings, data)
-    reason = BACKENDS[settings.backend].available()
+    backend = chosen(settings.backend)
+    reason = backend.available()
     if measure and reason is not None:
         raise BackendError(
-            f"backend '{settings.backend}' cannot be used here: {reason}. "
+            f"backend '{backend.name}' cannot be used here: {reason}. "
             "Pass --no-measure to compile for it without timing"
         )
     if out.exists() and not (overwrite and (out / PLAN).is_file()):
