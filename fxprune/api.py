@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune import steps
 from fxprune.admit import Admitted, admit
 from fxprune.analyse import Analysis, analyse
 from fxprune.capture import capture, example
 from fxprune.costs import Costs
+from fxprune.emptied import without_empty
 from fxprune.errors import BackendError, InputError, RecipeError, SavedModelError, TargetError
 from fxprune.groups import Group, find_groups, frozen_dimensions
 from fxprune.keep_class import choose_for_class
 from fxprune.kept import Kept
+from fxprune.measure import measure
 from fxprune.plan import Plan
 from fxprune.prove import prove
 from fxprune.recipe import Recipe, read_recipe
 from fxprune.report import CLOCK_TOLERANCE, Clocked, Latency, Pair, Refitted, Report
-from fxprune.rewrite import rewrite
+from fxprune.rewrite import Rewritten, rewrite
 from fxprune.writeback import Written, copy_weights, module_like
 from fxprune.writeback.config import configured, express
 
@@ -58,13 +63,49 @@ class Pruned:
     _graph: fx.GraphModule | None = field(default=None, repr=False)
 
     def graph_module(self) -> fx.GraphModule:
-        """Return the graph module with the weights as they are now: `module` itself, unless the class was kept."""
+        """Return the graph module with the weights as they are now.
+
+        It is `module` itself, unless the class was kept or weights are locked.
+        """
+        from fxprune.passes.patterns.lock import unlocked
+
+        module = unlocked(self.module)
         if self._graph is None:
-            assert isinstance(self.module, fx.GraphModule)
-            return self.module
+            assert isinstance(module, fx.GraphModule)
+            return module
         assert self.written is not None
-        copy_weights(self.module, self._graph, self.written.scales)
+        copy_weights(module, self._graph, self.written.scales)
         return self._graph
+
+    def lock(self) -> nn.Module:
+        """Keep the zeros of the plan's masks zero while the module is trained, and return the module.
+
+        The masks become parametrisations, whatever the optimiser does; `save`, `export` and `measure` go on working.
+
+        Raises:
+            InputError: the plan has no masks (the recipe has no `sparsity`).
+
+        >>> net = nn.Sequential(nn.Linear(8, 8))
+        >>> pruned = compile(net, torch.randn(2, 8), sparsity="2:4")
+        >>> module = pruned.lock()
+        >>> module(torch.randn(4, 8)).sum().backward()
+        >>> torch.optim.AdamW(module.parameters(), 0.1).step()
+        >>> pruned.unlock().get_parameter("0.weight").count_nonzero().item()
+        32
+        """
+        from fxprune.passes.patterns.lock import lock
+
+        if not self.plan.masks:
+            raise InputError("the plan has no masks to lock: compile with a `sparsity`, '2:4' for example")
+        lock(self.module, self.plan.masks)
+        return self.module
+
+    def unlock(self) -> nn.Module:
+        """Turn locked weights into ordinary parameters again, with their zeros, and return the module."""
+        from fxprune.passes.patterns.lock import unlock
+
+        unlock(self.module)
+        return self.module
 
     def module_like(self, model: nn.Module | None = None) -> nn.Module:
         """Return the module's weights, as they are now, in a copy of the original class.
@@ -175,8 +216,6 @@ class Pruned:
             threads: by default torch's number of threads.
             batch: by default that of the example inputs.
         """
-        from fxprune.measure import measure
-
         dense = against if against is not None else self.dense
         if dense is None:
             raise InputError("there is no dense model to measure against; pass it as `against`")
@@ -232,7 +271,7 @@ def compile(
             list, or a number of random samples. A few hundred samples are plenty. With them what is removed is what
             costs the least once the rest is refitted, and the rest is refitted; without, the smallest weights go.
         loss: (output, labels) -> scalar, for criteria that use gradients; without one they use the model's own output.
-        metric: model -> number, higher is better: for `target={"max_drop": ...}`.
+        metric: model -> number, higher is better: for `target={"max_drop": ...}`, and for the `max_drop` of a sparsity.
         overrides: keys of the recipe, `target={"macs": 0.5}`.
 
     Raises:
@@ -256,9 +295,9 @@ def compile(
     clock = _Clock(progress)
     with _no_collection(), torch.inference_mode(False):  # inference tensors could not be trained
         chosen = _choose(admitted, args, keywords, settings, dynamic_shapes, clock, plan, calibration, loss)
-        if metric is not None:
+        if settings.target.max_drop is not None and metric is not None:
             return _within_drop(admitted.model, args, keywords, settings, chosen, clock, metric)
-        return _compile(admitted.model, args, keywords, settings, chosen, clock)
+        return _compile(admitted.model, args, keywords, settings, chosen, clock, metric)
 
 
 def dry_run(
@@ -318,6 +357,7 @@ def _settings(
     from fxprune.backends import chosen
     from fxprune.passes import reconstruct
     from fxprune.passes.choose import functions
+    from fxprune.passes.patterns import sparsify
 
     if plan is not None and recipe is not None:
         raise RecipeError("give a recipe or a plan, not both: a plan has its recipe with it")
@@ -327,6 +367,7 @@ def _settings(
         settings = read_recipe(recipe if not isinstance(recipe, os.PathLike) else Path(recipe), **overrides)
     criterion, _ = functions(settings, data)
     reconstruct.settings(settings, data)
+    sparsity = sparsify.settings(settings, data)
     target = settings.target
     if criterion.needs and not data and not target.dead and plan is None:
         raise InputError(
@@ -335,8 +376,10 @@ def _settings(
         )
     if plan is not None and metric is not None:
         raise RecipeError("a plan says already what stays: a metric can no longer change it")
-    if plan is None and (target.max_drop is None) != (metric is None):
-        raise RecipeError("target max_drop and `metric`, a function from a model to a number, go together")
+    if plan is None and target.max_drop is not None and metric is None:
+        raise RecipeError("target max_drop takes `metric`, a function from a model to a number")
+    if metric is not None and target.max_drop is None and sparsity is None:
+        raise RecipeError("`metric` goes with a target max_drop, or with a sparsity, and there is neither")
     if settings.keep_class and (target.clocked or target.max_drop is not None):
         raise RecipeError("keep_class goes with the targets macs and params; the others are met without it")
     backend = chosen(settings.backend)
@@ -424,7 +467,10 @@ def _choose(
                 kept, clocked = meet(scored, admitted.model, args, keywords, backend, clock.say)
             else:
                 kept = scored.kept(*settings.target.cost)
+            kept, notes = _ordered(analysis, groups, kept, settings, data is not None)
+            captured.notes += notes
         chosen = _plan(analysis, groups, kept, costs, settings, plan, biases)
+        chosen.masks = dict(plan.masks) if plan is not None else {}
         chosen.basis = bool(turned) or (plan is not None and plan.basis)
     if plan is not None and chosen.kept != plan.kept:
         raise SavedModelError("the plan removes dead units, and this model's are others: make a new plan for it")
@@ -436,13 +482,33 @@ def _basis(analysis: Analysis, groups: list[Group], settings: Recipe, data: Any)
     from fxprune.passes.basis import principal
     from fxprune.select import say
 
-    if settings.basis == "none" or data is None:
+    removes = settings.target.cost[1] < 1 or settings.target.clocked or settings.target.max_drop is not None
+    if settings.basis == "none" or data is None or not removes:
         return []
     said = say(analysis, groups, settings)
     changed = principal(
         analysis, [g for g in groups if not (g.name in said and said[g.name].whole)], data, settings.max_memory
     )
     return [] if changed is None else [changed.line()]
+
+
+def _ordered(
+    analysis: Analysis, groups: list[Group], kept: Kept, settings: Recipe, data: bool
+) -> tuple[Kept, list[str]]:
+    """Put axes in the order in which the recipe's pattern keeps the most, and say so."""
+    from fxprune.passes.patterns import sparsify
+
+    wanted = sparsify.settings(settings, data)
+    if wanted is None or not wanted.permute:
+        return kept, []
+    kept, said = sparsify.reordered(analysis, groups, kept, settings, wanted.pattern)
+    if not said:
+        return kept, []
+    gained = statistics.median(o.found / o.plain - 1 for o in said)
+    return kept, [
+        f"{len(said)} groups are in the order in which {wanted.pattern.name} keeps the most: {gained:.1%} more of the "
+        "weights' magnitude (median)"
+    ]
 
 
 def _plan(
@@ -468,8 +534,11 @@ def _compile(
     settings: Recipe,
     chosen: _Chosen,
     clock: _Clock,
+    metric: Callable[[nn.Module], float] | None = None,
 ) -> Pruned:
     from fxprune.passes import reconstruct
+    from fxprune.passes.patterns import sparsify
+    from fxprune.passes.patterns.pattern import NOfM
 
     analysis, kept, biases = chosen.analysis, chosen.kept, chosen.biases
     with clock.stage("rewrite"):
@@ -485,13 +554,31 @@ def _compile(
             refitted, tuned = reconstruct.reconstruct(
                 analysis, kept, rewritten, chosen.data, method, statistics=known, **options
             )
-            if settings.keep_class:
-                written = module_like(model, analysis, kept, rewritten.module, settings.seed)
-    plan = chosen.plan
+    plan, done, more = chosen.plan, None, list[str]()
+    wanted = sparsify.settings(settings, chosen.data is not None)
+    if wanted is not None:
+        with clock.stage("sparsify"):
+            work = _work(args, keywords, settings, chosen, rewritten, clock, metric)
+            done = steps.sparsify(work, wanted, plan.masks)
+            plan = dataclasses.replace(plan, masks=done.masks)
+            refitted, tuned = done.refitted or refitted, done.tuned or tuned
+            emptied = None
+            if done.masks and not settings.keep_class and not isinstance(wanted.pattern, NOfM):
+                emptied = without_empty(analysis, plan, rewritten, args, keywords, settings, done.masks)
+            if emptied is not None:
+                kept, rewritten.module = emptied.kept, emptied.module
+                more = [f"{emptied.units} units were empty and are removed: the same within {emptied.proof.error:.1e}"]
+                plan = _plan(analysis, chosen.groups, kept, chosen.costs, settings, chosen.plan, emptied.biases)
+                plan.masks, plan.basis = emptied.masks, chosen.plan.basis
+    if settings.keep_class and (refitted or done is not None):
+        written = module_like(model, analysis, kept, rewritten.module, settings.seed)
     report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
     report.refitted, report.tuned, report.clocked = refitted, tuned, chosen.clocked
     if chosen.data is not None:
         report.samples, report.random = chosen.data.samples, chosen.data.random
+    report.notes += more
+    if done is not None:
+        report.steps, report.sparse, report.unfit = [done.step], done.rows, done.unfit
     if chosen.clocked is not None and not chosen.clocked.met(CLOCK_TOLERANCE):
         report.notes.append("the target on the clock was missed")
     return Pruned(
@@ -504,6 +591,36 @@ def _compile(
         batch_dynamic=any(s.name == "batch" for s in analysis.captured.symbols),
         written=written,
         _graph=rewritten.module if written else None,
+    )
+
+
+def _work(
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+    settings: Recipe,
+    chosen: _Chosen,
+    rewritten: Rewritten,
+    clock: _Clock,
+    metric: Callable[[nn.Module], float] | None,
+) -> steps.Work:
+    """What the steps after structured pruning may ask for."""
+
+    def timed(before: nn.Module, after: nn.Module) -> tuple[float, float, float]:
+        dynamic = any(s.name == "batch" for s in chosen.analysis.captured.symbols)
+        found = measure(before, after, args, keywords, settings.backend, settings.threads, batch_dynamic=dynamic)
+        return found.speedup, *found.interval
+
+    return steps.Work(
+        chosen.analysis,
+        chosen.groups,
+        chosen.kept,
+        rewritten,
+        settings,
+        chosen.data,
+        chosen.chooser.statistics if chosen.chooser is not None else None,
+        None if metric is None else functools.partial(_measured, metric),
+        timed,
+        clock.say,
     )
 
 
@@ -535,7 +652,7 @@ def _within_drop(
             continue
         plan = _plan(chosen.analysis, chosen.groups, kept, chosen.costs, settings)
         trial = dataclasses.replace(chosen, kept=kept, plan=plan)
-        pruned = _compile(model, args, keywords, settings, trial, clock)
+        pruned = _compile(model, args, keywords, settings, trial, clock, metric)
         drop = dense - _measured(metric, pruned.module)
         if drop <= settings.target.max_drop:
             best, high = pruned, share
@@ -590,7 +707,7 @@ def _report(
         notes.append(
             "no group can be cut: the model comes back whole; `fxprune explain` says what freezes each dimension"
         )
-    elif not len(kept) and not plan.blocks:
+    elif not kept.smaller and not plan.recipe.get("sparsity"):
         notes.append("nothing was removed: the target is met by the model as it is")
     used = set(analysis.tensors)
     unused = [n for n, _ in model.named_parameters() if n not in used and n not in analysis.captured.aliases]

@@ -15,7 +15,9 @@ Indices = npt.NDArray[np.int64]
 
 
 class Kept(Mapping[Axis, Indices]):
-    """Kept indices, sorted, for every axis that is cut; axes that are not in it stay whole.
+    """Kept indices for every axis that is cut or put in another order; axes that are not in it stay as they are.
+
+    The order of an axis is free: every tensor that carries it follows.
 
     `removed` are the additions whose branch is left out whole, each with the stream that takes its place
     (`fxprune.blocks`).
@@ -30,7 +32,12 @@ class Kept(Mapping[Axis, Indices]):
     """
 
     def __init__(self, kept: Mapping[Axis, Indices], removed: Mapping[fx.Node, fx.Node] | None = None) -> None:
-        self._kept = {axis: np.asarray(ix, dtype=np.int64) for axis, ix in kept.items() if len(ix) < axis.size}
+        indices = {axis: np.asarray(ix, dtype=np.int64) for axis, ix in kept.items()}
+        self._kept = {
+            axis: ix
+            for axis, ix in indices.items()
+            if len(ix) < axis.size or not np.array_equal(ix, np.arange(len(ix)))
+        }
         self.removed = dict(removed or {})
         self._index: dict[Dim, Indices | None] = {}
 
@@ -44,8 +51,17 @@ class Kept(Mapping[Axis, Indices]):
         return len(self._kept)
 
     def cut(self, dim: Dim) -> bool:
-        """Whether anything is removed from the dimension."""
+        """Whether anything of the dimension is removed or moved."""
         return any(axis in self._kept for axis in atoms(dim))
+
+    def shrinks(self, dim: Dim) -> bool:
+        """Whether anything of the dimension is removed."""
+        return any(axis in self._kept and len(self._kept[axis]) < axis.size for axis in atoms(dim))
+
+    @property
+    def smaller(self) -> bool:
+        """Whether anything is removed at all."""
+        return bool(self.removed) or any(len(ix) < axis.size for axis, ix in self._kept.items())
 
     def size(self, dim: Dim) -> Size:
         """Return the size of the dimension after pruning."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from fxprune import masks
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms, size_of
 from fxprune.blocks import find_blocks
@@ -45,7 +47,8 @@ class Plan:
     """What is kept of a model.
 
     Attributes:
-        kept: tensor name -> dimension -> kept indices, ascending, for every parameter, buffer and constant that is cut.
+        kept: tensor name -> dimension -> kept indices, in the order in which they are kept (ascending but for n:m
+            patterns), for every parameter, buffer and constant that is cut or put in another order.
         groups: every group that could have been cut.
         biases: names of biases that constants of removed units were folded into, in the emitted module.
         recipe: the recipe that it came from.
@@ -53,6 +56,7 @@ class Plan:
         basis: the indices are those of principal components of attention (`fxprune.passes.basis`), which take data.
         costs: "params" and "macs" of the dense model and of what is kept.
         dynamic: input name -> dimension -> size name: what was dynamic when the model was captured.
+        masks: name of a weight in the pruned module -> which of its entries stay, bool, of its shape; others are zero.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -63,6 +67,7 @@ class Plan:
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
     basis: bool = False
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -144,12 +149,15 @@ class Plan:
                 f"the plan keeps index {indices.max()} of dimension {dim} of '{name}', which has fewer"
             )
         for axis in set(atoms(dims[dim])):
-            units = np.unique(np.concatenate([p[indices] for p in positions(dims[dim], axis)]))
+            units = np.concatenate([p[indices] for p in positions(dims[dim], axis)])
+            _, first = np.unique(units, return_index=True)
+            units = units[np.sort(first)]  # in the order in which they are kept
             found.setdefault(axis, units[units >= 0])
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        plain = asdict(replace(self, masks={}))
+        return json.dumps(plain | {"masks": {n: masks.encode(m) for n, m in self.masks.items()}}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
@@ -165,6 +173,7 @@ class Plan:
                 basis=bool(data.get("basis", False)),
                 blocks=list(data.get("blocks", [])),
                 costs={kind: (int(a), int(b)) for kind, (a, b) in data.get("costs", {}).items()},
+                masks={n: masks.decode(m) for n, m in data.get("masks", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error

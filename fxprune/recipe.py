@@ -117,6 +117,9 @@ class Recipe(BaseModel):
         threads: of the backend, for targets on the clock; None takes torch's number.
         reconstruction: "auto" (least_squares with calibration data, none without), "none", "bias", "least_squares", or
             {"name": ..., option: value}: see `fxprune.passes.reconstruct`.
+        sparsity: zeros inside what stays: "2:4" or any n:m along the inputs, "32x32" or any blocks, "unstructured", or
+            {"pattern": ..., "density": share that stays, "method": ..., "refit": ..., "permute": ..., "when": "faster",
+            "max_drop": ...}: see `fxprune.passes.patterns`. With it alone, no target is needed.
         basis: "auto" (principal with calibration data), "principal" (attention's queries, keys and values are turned
             into principal components first, `fxprune.passes.basis`) or "none".
         max_memory: bytes that calibration statistics may take at a time.
@@ -139,6 +142,7 @@ class Recipe(BaseModel):
     backend: str | dict[str, Any] = "onnxruntime"
     threads: int | None = Field(default=None, ge=1)
     reconstruction: str | dict[str, Any] = "auto"
+    sparsity: str | dict[str, Any] | None = None
     basis: Literal["auto", "principal", "none"] = "auto"
     max_memory: float = Field(default=2 * 2**30, gt=0)
     keep_class: bool = False
@@ -204,6 +208,8 @@ def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, *
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
     data = {**data, **{k: v for k, v in overrides.items() if v is not None}}
+    if "target" not in data and data.get("sparsity") is not None:
+        data["target"] = {"params": 1.0}
     if "target" not in data:
         raise RecipeError('the recipe has no target; say for example {"target": {"macs": 0.5}}')
     try:

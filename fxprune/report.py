@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -110,6 +111,58 @@ class Refitted:
     after: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """One layer's weight that got a pattern.
+
+    Attributes:
+        name: of the weight.
+        kept: share of its entries that stays.
+        lost: what its results lose by that, as a share of their energy (without data: of the weight's).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    kept: float
+    lost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a recipe of several, compared with what it started from.
+
+    Attributes:
+        taken: whether its result was kept.
+        error: squared error of the outputs over the dense outputs' variance on calibration data, before and after; None
+            without data.
+        metric: the user's, before and after.
+        speedup: measured, of the result over what the step started from, with its 95 % interval; None where the
+            backend cannot be timed here or was not asked.
+        why: what decided.
+    """
+
+    name: str
+    taken: bool
+    error: tuple[float, float] | None = None
+    metric: tuple[float, float] | None = None
+    speedup: tuple[float, float, float] | None = None
+    why: str = ""
+
+    def line(self) -> str:
+        """Return the step in a sentence."""
+        said = [f"{self.name}: {'taken' if self.taken else 'left out'}"]
+        if self.why:
+            said.append(self.why)
+        if self.error is not None:
+            said.append(f"error of the outputs {self.error[0]:.2g} -> {self.error[1]:.2g} of their variance")
+        if self.metric is not None:
+            said.append(f"metric {self.metric[0]:.4g} -> {self.metric[1]:.4g}")
+        if self.speedup is not None:
+            said.append(f"{self.speedup[0]:.2f} x as fast (95 % in {self.speedup[1]:.2f}-{self.speedup[2]:.2f})")
+        return "; ".join(said)
+
+
 @dataclass(slots=True)
 class Report:
     """The result of one `compile`.
@@ -125,6 +178,9 @@ class Report:
         clocked: how a target on the clock was met.
         refitted: what reconstruction did to each layer.
         tuned: what tuning did to the outputs, on calibration data held out for it.
+        steps: what followed structured pruning.
+        sparse: the weights that got a pattern.
+        unfit: weights that could not have it -> why.
         samples: of calibration.
         random: calibration was on random numbers.
         notes: what the user should know.
@@ -147,6 +203,9 @@ class Report:
     tuned: Refitted | None = None
     samples: int = 0
     random: bool = False
+    steps: list[Step] = field(default_factory=list)
+    sparse: list[Sparse] = field(default_factory=list)
+    unfit: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -187,6 +246,25 @@ class Report:
             console.print(line, highlight=False, markup=False)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
+
+    def _patterned(self) -> list[str]:
+        """Which layers got a pattern, which lost the most by it, and which could not."""
+        lines = []
+        if self.sparse:
+            entries = [math.prod(s.shape) for s in self.sparse]
+            share = sum(s.kept * n for s, n in zip(self.sparse, entries, strict=True)) / sum(entries)
+            worst = sorted(self.sparse, key=lambda s: s.lost, reverse=True)[:_WORST]
+            lines.append(
+                f"{self.sparse[0].pattern} in {len(self.sparse)} layers, {share:.1%} of {sum(entries):,} weights stay; "
+                f"the most is lost in {', '.join(f'{s.name} {s.lost:.2g}' for s in worst)}"
+            )
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.unfit.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - _WORST} more" if len(names) > _WORST else ""
+            lines.append(f"not eligible, {why}: {', '.join(names[:_WORST])}{more}")
+        return lines
 
     def _blocked(self) -> list[str]:
         """What the recipe leaves whole, by reason."""
@@ -229,6 +307,8 @@ class Report:
                 "tuned biases, scales and shifts: relative error of the outputs on data held out "
                 f"{self.tuned.before:.3g} -> {self.tuned.after:.3g}"
             )
+        lines += [step.line() for step in self.steps]
+        lines += self._patterned()
         lines += self._blocked()
         lines += [f"note: {note}" for note in self.notes]
         return lines

@@ -199,7 +199,7 @@ def read_report(data: dict[str, Any]) -> Any:
     """Return a report from its JSON."""
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
-    from fxprune.report import Attempt, Clocked, Latency, Pair, Refitted, Report
+    from fxprune.report import Attempt, Clocked, Latency, Pair, Refitted, Report, Sparse
 
     latency = [
         Latency(
@@ -227,8 +227,17 @@ def read_report(data: dict[str, Any]) -> Any:
             "clocked": clocked,
             "refitted": [Refitted(**r) for r in data.get("refitted", [])],
             "tuned": Refitted(**data["tuned"]) if data.get("tuned") else None,
+            "steps": [_read_step(s) for s in data.get("steps", [])],
+            "sparse": [Sparse(**{**s, "shape": tuple(s["shape"])}) for s in data.get("sparse", [])],
         }
     )
+
+
+def _read_step(data: dict[str, Any]) -> Any:
+    from fxprune.report import Step
+
+    pairs = {k: tuple(data[k]) for k in ("error", "metric", "speedup") if data.get(k) is not None}
+    return Step(**{**data, **pairs})
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -97,6 +97,12 @@ class Patterns:
                 return {g.name: _EXACT for g in self.groups if ends & set(g.members)}
         raise RecipeError(f"recipe: {key}: '{pattern}' matches no module and no parameter of the model")
 
+    def tensors(self, pattern: str, key: str) -> set[str]:
+        """Return the tensors of the layers that a pattern names; a group, a kind or a dimension names none."""
+        if pattern.startswith(KIND):
+            return set()
+        return self._of_type(pattern, key) if pattern.startswith(TYPE) else self._named(pattern)
+
     def kept_because(self, group: str, pattern: str) -> str:
         """Say why a pattern of `keep` leaves a group whole: the tensor of it that the pattern names, where it does."""
         members = next(g.members for g in self.groups if g.name == group)

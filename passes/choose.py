@@ -258,10 +258,13 @@ def _best(scores: Scores, count: int) -> Indices:
 
 
 def preferred(recipe: Recipe) -> int:
-    """Return what widths are rounded to: `round_to`, or what the backend runs fast."""
+    """Return what widths are rounded to: `round_to`, or what the backend runs fast; with n:m a multiple of m."""
     from fxprune.backends import chosen
+    from fxprune.passes.patterns.pattern import NOfM, of_recipe
 
-    return recipe.round_to or chosen(recipe.backend).preferred_multiple
+    multiple = recipe.round_to or chosen(recipe.backend).preferred_multiple
+    wanted = of_recipe(recipe)
+    return math.lcm(multiple, wanted.m) if isinstance(wanted, NOfM) else multiple  # n:m is legal only where m divides
 
 
 def step(group: Group, multiple: int) -> int:

@@ -28,6 +28,7 @@ from fxprune.passes.calibration import Batch, Calibration
 from fxprune.passes.consumers import Contraction, contractions
 from fxprune.passes.gather import portions, relevance, summed
 from fxprune.passes.obs import DAMPING, refit
+from fxprune.passes.patterns.sparsify import Sparsifier
 from fxprune.passes.statistics import Statistics
 from fxprune.prove import Reference, dense_weights
 from fxprune.recipe import Recipe
@@ -180,6 +181,7 @@ class _Reconstruction:
     damping: float | None
     residual: bool
     statistics_of_norms: str
+    sparse: Sparsifier | None = None
     result: list[Refitted] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
 
@@ -207,8 +209,8 @@ class _Reconstruction:
         node = self.pruned.nodes[c.node]
         weight_name, bias_name = self._own(c.weight), self._own(c.bias)
         dims = self.analysis.dims[c.node]
-        touched = any(self.kept.cut(d) for d in (*dims, *self.analysis.dims[c.operand])) or bool(self.result)
-        if not touched or (weight_name is None and bias_name is None):
+        touched = any(self.kept.shrinks(d) for d in (*dims, *self.analysis.dims[c.operand])) or bool(self.result)
+        if not (touched or self._patterned(c)) or (weight_name is None and bias_name is None):
             return
         total, other = self._sum(c) if self.residual else (None, None)
         operand = node.args[0] if node.op == "call_module" else self._operand(node, c)
@@ -286,11 +288,21 @@ class _Reconstruction:
         if not after <= before:  # nothing was won
             new, after = matrix, before
         variance = float((everything.target[1] - everything.target[0].square()).sum())
+        patterned = weight_name is not None and self._patterned(c)
+        if patterned:
+            assert self.sparse is not None and weight_name is not None
+            damping = self._damping(matrix[0], sums.fit, sums.held)
+            new[0] = self.sparse.fit(c, weight_name, weight.shape, new[0], everything.moment[0], damping)
+            after = everything.error(new)
         self.result.append(Refitted(c.weight, before / max(variance, 1e-300), after / max(variance, 1e-300)))
         if bias is not None and bias_name is not None:
             self._set(bias_name, new[:, :, -1].reshape(-1))
-        if weight_name is not None and self.method == "least_squares":
+        if weight_name is not None and (patterned or self.method == "least_squares"):
             self._set(weight_name, c.tensor(new[:, :, :-1] if bias is not None else new, weight.shape))
+
+    def _patterned(self, c: Contraction) -> bool:
+        """Whether a layer gets a pattern."""
+        return self.sparse is not None and c in self.sparse
 
     def _damping(self, matrix: Tensor, fit: _Moments, held: _Moments) -> float:
         """The damping that was asked for, or that with which weights fitted to some rows do best on the others."""
@@ -390,6 +402,7 @@ def reconstruct(
     batch_norm: str = "mean",
     tune: int = 0,
     rate: float = 0.01,
+    sparse: Sparsifier | None = None,
 ) -> tuple[list[Refitted], Refitted | None]:
     """Refit the pruned module in place, layer after layer.
 
@@ -403,15 +416,16 @@ def reconstruct(
         tune: afterwards, passes over the data in which biases, scales and shifts learn the dense model's outputs
             (`fxprune.passes.tune`); an eighth of the data is then kept from the fit too, and decides.
         rate: of these, relative to the size of each vector.
+        sparse: gives layers a pattern as they are refitted, so that later ones make good what earlier ones lose.
 
     Returns:
         How closely each layer gives what the dense one gave, and, where there was tuning, the outputs.
     """
-    if method == "none":
+    if method == "none" and sparse is None:
         return [], None
     known = statistics or Statistics(analysis, data=data)
     rest, held = tuning.split(data, known) if tune else (data, None)
-    result = _Reconstruction(analysis, kept, pruned, rest, known, method, damping, residual, batch_norm).run()
+    result = _Reconstruction(analysis, kept, pruned, rest, known, method, damping, residual, batch_norm, sparse).run()
     if held is None:
         return result, None
     return result, Refitted("outputs", *tuning.tune(analysis, pruned, rest, held, known, tune, rate))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +19,8 @@ from fxprune.passes.calibration import Calibration
 from fxprune.passes.consumers import Contraction
 from fxprune.passes.gather import portions
 from fxprune.passes.obs import refit
+from fxprune.passes.outputs import Outputs
 from fxprune.passes.statistics import Statistics
-from fxprune.prove import Reference, dense_weights
 from fxprune.rewrite import Rewritten, rewrite
 
 #: So many samples are looked at.
@@ -47,17 +46,13 @@ class Trial:
     model: nn.Module
     data: Calibration
     max_memory: float
-    _dense: list[list[Any]] = field(default_factory=list)
     _solved: dict[tuple[str, bytes], Tensor] = field(default_factory=dict)
     _known: dict[bytes, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.statistics = Statistics(self.analysis, 0, first_samples(self.data), self.max_memory)
         assert self.statistics.data is not None
-        self.batches = list(portions(self.statistics, self.statistics.data))
-        reference = Reference(self.analysis, Kept({}), dense_weights(self.analysis.captured), None)
-        with torch.no_grad():
-            self._dense = [reference.run(b.inputs) for b in self.batches]
+        self.outputs = Outputs(self.analysis, list(portions(self.statistics, self.statistics.data)))
         self.moments = self._moments()
 
     def _moments(self) -> dict[Contraction, Tensor]:
@@ -84,16 +79,7 @@ class Trial:
         rewritten = rewrite(self.analysis, kept, self.model)
         self._stitch(kept, rewritten)
         interpreter = fx.Interpreter(rewritten.module.eval())
-        wrong = spread = 0.0
-        with torch.no_grad():
-            for batch, dense in zip(self.batches, self._dense, strict=True):
-                outputs = interpreter.run(*batch.inputs, enable_io_processing=False)
-                for a, b in zip(dense, outputs, strict=True):
-                    if isinstance(a, Tensor) and a.is_floating_point():
-                        a, b = a.double(), b.double()
-                        wrong += float((a - b).square().sum())
-                        spread += float((a - a.mean(0, keepdim=True)).square().sum())
-        return wrong / spread if spread > 0 and wrong == wrong else float("inf")
+        return self.outputs(lambda inputs: interpreter.run(*inputs, enable_io_processing=False))
 
     def _stitch(self, kept: Kept, rewritten: Rewritten) -> None:
         names = {dense: small for small, dense in rewritten.names.items()}

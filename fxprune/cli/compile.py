@@ -91,6 +91,10 @@ def compile(
     basis: Annotated[
         str | None, typer.Option(metavar="NAME", help="principal or none: attention in principal components first.")
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Zeros in what stays: 2:4 or any n:m, 32x32 or any blocks, unstructured."),
+    ] = None,
     keep_class: Annotated[
         bool, typer.Option("--keep-class", help="Cut only what the model's own class can express.")
     ] = False,
@@ -147,6 +151,7 @@ def compile(
         "ratios": parse_ratios(ratios) if ratios else None,
         "floor": floor,
         "backend": backend,
+        "sparsity": sparsity,
         "threads": threads,
         "reconstruction": reconstruction,
         "max_memory": max_memory,
