@@ -6,7 +6,6 @@ import abc
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.copies import copied
 from fxprune.errors import BackendError, InputError
 from fxprune.registry import Registry, nearest
 
@@ -175,9 +175,7 @@ def inference_copy(module: nn.Module) -> nn.Module:
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # copyreg about torch's own pytree specifications
-            return copy.deepcopy(module, shared).eval()
+        return copied(module, shared).eval()
     except Exception as error:
         raise BackendError(
             f"{type(module).__name__} cannot be copied: {error}. Tensors computed by an earlier forward pass and kept "

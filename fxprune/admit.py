@@ -5,7 +5,6 @@ The user's model is never written to. Where something has to change, it changes 
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.swa_utils import AveragedModel
 
+from fxprune.copies import copied
 from fxprune.errors import InputError
 
 
@@ -267,7 +267,7 @@ def _copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 memo[id(value)] = value
     try:
-        return copy.deepcopy(model, memo)
+        return copied(model, memo)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} holds parametrisations, pruning masks or compiled modules to be folded into plain "

@@ -558,7 +558,7 @@ def _compile(
     wanted = sparsify.settings(settings, chosen.data is not None)
     if wanted is not None:
         with clock.stage("sparsify"):
-            work = _work(args, keywords, settings, chosen, rewritten, clock, metric)
+            work = _work(args, keywords, settings, chosen, rewritten, metric)
             done = steps.sparsify(work, wanted, plan.masks)
             plan = dataclasses.replace(plan, masks=done.masks)
             refitted, tuned = done.refitted or refitted, done.tuned or tuned
@@ -600,16 +600,9 @@ def _work(
     settings: Recipe,
     chosen: _Chosen,
     rewritten: Rewritten,
-    clock: _Clock,
     metric: Callable[[nn.Module], float] | None,
 ) -> steps.Work:
     """What the steps after structured pruning may ask for."""
-
-    def timed(before: nn.Module, after: nn.Module) -> tuple[float, float, float]:
-        dynamic = any(s.name == "batch" for s in chosen.analysis.captured.symbols)
-        found = measure(before, after, args, keywords, settings.backend, settings.threads, batch_dynamic=dynamic)
-        return found.speedup, *found.interval
-
     return steps.Work(
         chosen.analysis,
         chosen.groups,
@@ -619,8 +612,8 @@ def _work(
         chosen.data,
         chosen.chooser.statistics if chosen.chooser is not None else None,
         None if metric is None else functools.partial(_measured, metric),
-        timed,
-        clock.say,
+        args,
+        keywords,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
+from fxprune.copies import copied
 from fxprune.errors import BackendError, TargetError
 from fxprune.groups import Group
 from fxprune.kept import Kept
+from fxprune.measure import measure
 from fxprune.recipe import Recipe
 from fxprune.report import Refitted, Sparse, Step
 from fxprune.rewrite import Rewritten
@@ -32,7 +33,7 @@ class Work:
         data: calibration batches, or None.
         statistics: of the dense model, where known already.
         metric: model -> number, higher is better, or None.
-        timed: (before, after) -> the speed-up and its 95 % interval on the recipe's backend; raises BackendError.
+        args, kwargs: the example inputs.
     """
 
     analysis: Analysis
@@ -43,8 +44,8 @@ class Work:
     data: Any
     statistics: Any
     metric: Callable[[nn.Module], float] | None
-    timed: Callable[[nn.Module, nn.Module], tuple[float, float, float]]
-    say: Callable[[str], None]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     _outputs: Any = None
 
     @property
@@ -66,6 +67,17 @@ class Work:
             known = Statistics(self.analysis, 0, few, self.recipe.max_memory)
             self._outputs = Outputs(self.analysis, list(portions(known, few)))
         return float(self._outputs(run))
+
+    def speedup(self, before: nn.Module, after: nn.Module) -> tuple[float, float, float]:
+        """Return how many times as fast a module is on the recipe's backend, with the 95 % interval.
+
+        Raises:
+            BackendError: it is not available here, or cannot build one of the two.
+        """
+        dynamic = any(s.name == "batch" for s in self.analysis.captured.symbols)
+        recipe = self.recipe
+        found = measure(before, after, self.args, self.kwargs, recipe.backend, recipe.threads, batch_dynamic=dynamic)
+        return found.speedup, *found.interval
 
     def measured(self) -> float | None:
         """The metric of the module, None without one."""
@@ -116,7 +128,7 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
     if not layers:
         return Patterned(Step(name, False, why="no layer can have the pattern"), unfit=unfit)
     sparsifier = Sparsifier(wanted, {c.weight for c in layers}, given)
-    before = copy.deepcopy(work.module) if wanted.when == "faster" else None
+    before = copied(work.module) if wanted.when == "faster" else None
     errors, metrics = [work.own_error()], [work.measured()]
     refitted, tuned = None, None
     if work.data is None:
@@ -137,7 +149,7 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
     metrics.append(work.measured())
     step = _judged(work, Step(name, True, _pair(errors), _pair(metrics)), wanted.max_drop)
     if before is not None:
-        step = _faster(step, lambda: work.timed(before, work.module))
+        step = _faster(step, lambda: work.speedup(before, work.module))
     if not step.taken:
         _restore(work.module, before)
         return Patterned(step, unfit=unfit)

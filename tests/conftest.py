@@ -1,7 +1,8 @@
-"""What every test gets: two threads, the same seed, and model libraries that can be imported."""
+"""What every test gets: as many threads as it has cores, the same seed, and model libraries that can be imported."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -17,7 +18,8 @@ from bench.shims import shim_torchvision
 settings.register_profile("tests", derandomize=True, deadline=None)
 settings.load_profile("tests")
 
-torch.set_num_threads(2)
+# Two processes with two threads each, on two cores, wait for one another in every small operator.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 shim_torchvision()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fxprune.admit import admit
 from fxprune.errors import InputError
 
 
@@ -73,9 +73,7 @@ def unlocked(module: nn.Module) -> nn.Module:
     """Return the module, or, where weights are locked, a copy in which they are ordinary parameters."""
     if not any(isinstance(m, Mask) for m in module.modules()):
         return module
-    result = copy.deepcopy(module)
-    unlock(result)
-    return result
+    return admit(module).model  # a plain copy would share the class that `unlock` takes the weight from
 
 
 def unlock(module: nn.Module) -> None:
