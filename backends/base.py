@@ -16,8 +16,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.backends.dynamic import places
 from fxprune.copies import copied
 from fxprune.errors import BackendError, InputError
+from fxprune.input_names import Dynamic
 from fxprune.registry import Registry, nearest
 
 #: The largest relative difference from torch (see `compare_outputs`) that a built model may show.
@@ -104,10 +106,13 @@ class Backend(abc.ABC):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         threads: int,
-        batch_dynamic: bool,
+        dynamic: Dynamic,
         path: Path | None,
     ) -> Runner:
-        """Build `module`, which is in inference mode and private to the runner but for its parameters."""
+        """Build `module`, which is in inference mode and private to the runner but for its parameters.
+
+        `dynamic` names what may change from call to call; it was checked, and is empty where nothing may.
+        """
 
     def build(
         self,
@@ -116,15 +121,16 @@ class Backend(abc.ABC):
         kwargs: Mapping[str, Any] | None = None,
         *,
         threads: int,
-        batch_dynamic: bool = True,
+        dynamic: bool | Dynamic = True,
         path: Path | None = None,
     ) -> Runner:
         """Build `module` for inference and check it against torch on `args` and `kwargs`.
 
         The module itself is left as it is, training mode included; its parameters are shared with the runner, not
         copied, where the backend keeps torch tensors. `threads` is the number of CPU threads that compute one
-        operator. With `batch_dynamic`, dimension 0 of every tensor that has the first tensor's size there may
-        change from call to call; the other dimensions keep their size. `path` is where the artefact is kept.
+        operator. `dynamic` says which dimensions may change from call to call: input name -> dimension -> size name,
+        as in `Plan.dynamic`; True is dimension 0 of every tensor that has the first tensor's size there, False none.
+        The others keep the size that they have in `args` and `kwargs`. `path` is where the artefact is kept.
 
         Raises BackendError where the backend is not available, cannot build the module, or computes something else,
         and InputError where the arguments do not fit the module.
@@ -134,14 +140,17 @@ class Backend(abc.ABC):
             raise BackendError(f"backend '{self.name}' cannot be used here: {reason}")
         if threads < 1:
             raise BackendError(f"backend '{self.name}' was asked for {threads} threads; pass 1 or more")
-        return self._build(inference_copy(module), args, dict(kwargs or {}), threads, batch_dynamic, path)
+        signature = forward_signature(module)
+        arguments = bind_arguments(signature, args, kwargs or {})
+        open_sizes = places(signature, *call_arguments(signature, arguments), dynamic)
+        return self._build(inference_copy(module), args, dict(kwargs or {}), threads, open_sizes, path)
 
     def build_parts(self, parts: Sequence[tuple[nn.Module, Sequence[Tensor]]], *, threads: int) -> list[Runner]:
         """Build several modules, each with its tensors, to time them; a backend may have a faster way.
 
         Raises BackendError as `build` does.
         """
-        return [self.build(module, tuple(tensors), threads=threads, batch_dynamic=False) for module, tensors in parts]
+        return [self.build(module, tuple(tensors), threads=threads, dynamic=False) for module, tensors in parts]
 
 
 BACKENDS: Registry[Backend] = Registry("backend", BackendError)
@@ -228,42 +237,6 @@ def tensors_of(value: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def is_batched(leaf: object, batch: int) -> bool:
-    """Whether `leaf` is a tensor whose dimension 0 has the size `batch`.
-
-    >>> is_batched(torch.zeros(2, 3), 2), is_batched(torch.tensor(2), 2), is_batched(2, 2)
-    (True, False, False)
-    """
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
-
-
-def batch_size(arguments: object) -> int:
-    """Return dimension 0 of the first tensor in a nested structure.
-
-    Raises InputError where there is no tensor or the first one is a scalar.
-
-    >>> batch_size({"x": torch.zeros(4, 3)})
-    4
-    """
-    tensors = tensors_of(arguments)
-    if not tensors or tensors[0].dim() == 0:
-        raise InputError("the first tensor of the arguments has no batch dimension; pass one, or batch_dynamic=False")
-    return tensors[0].shape[0]
-
-
-def with_batch(arguments: Any, batch: int) -> Any:
-    """Return `arguments` with `batch` rows in each batched tensor, by repeating its rows or leaving out the last ones.
-
-    >>> with_batch({"x": torch.tensor([[1], [2]]), "scale": torch.tensor([7.0])}, 3)
-    {'x': tensor([[1],
-            [2],
-            [1]]), 'scale': tensor([7.])}
-    """
-    present = batch_size(arguments)
-    rows = torch.arange(batch) % present
-    return pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)] if is_batched(leaf, present) else leaf, arguments)
-
-
 @dataclass(frozen=True, slots=True)
 class Parity:
     """How far a backend's outputs are from torch's: the largest over all output tensors.
@@ -307,20 +280,22 @@ def compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> Parity:
     return Parity(max_abs, max_rel)
 
 
-def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor]) -> Parity:
+def check_parity(
+    name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor], tolerance: float = TOLERANCE
+) -> Parity:
     """Compare `actual` with what `module` gives for `arguments` (as `bind_arguments` returns them).
 
-    Raises BackendError where the relative difference is above TOLERANCE.
+    Raises BackendError where the relative difference is above `tolerance`.
     """
     args, kwargs = call_arguments(forward_signature(module), arguments)
     with torch.no_grad():
         expected = tensors_of(module(*args, **kwargs))
     parity = compare_outputs(expected, actual)
     # `not <=` so that a NaN cannot pass.
-    if not parity.max_rel <= TOLERANCE:
+    if not parity.max_rel <= tolerance:
         raise BackendError(
             f"backend '{name}' does not compute what {type(module).__name__} computes: relative difference "
-            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {TOLERANCE:g} relative. "
+            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {tolerance:g} relative. "
             "Check with another backend, and in float32."
         )
     return parity

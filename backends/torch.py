@@ -26,6 +26,7 @@ from fxprune.backends.base import (
     tensors_of,
 )
 from fxprune.errors import BackendError
+from fxprune.input_names import Dynamic
 
 
 @contextlib.contextmanager
@@ -106,11 +107,11 @@ class TorchBackend(Backend):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         threads: int,
-        batch_dynamic: bool,
+        dynamic: Dynamic,
         path: Path | None,
     ) -> TorchRunner:
         # dynamic=None compiles for the first size, and once more for any size when a second one comes.
-        call = torch.compile(module, dynamic=None if batch_dynamic else False) if self._compiled else module
+        call = torch.compile(module, dynamic=None if dynamic else False) if self._compiled else module
         runner = TorchRunner(self.name, call, threads)
         # The first call compiles, so that what the compiler cannot do is said here.
         arguments = bind_arguments(forward_signature(module), args, kwargs)

@@ -58,7 +58,6 @@ class Pruned:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dense: nn.Module | None = field(default=None, repr=False)
-    batch_dynamic: bool = True
     written: Written | None = field(default=None, repr=False)
     _graph: fx.GraphModule | None = field(default=None, repr=False)
 
@@ -181,11 +180,16 @@ class Pruned:
 
         return save(self, Path(directory), overwrite)
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the module for another runtime, by the ending of the path: `.onnx` (dynamic batch).
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the module for another runtime, by the ending of the path: `.onnx`; check it against torch.
+
+        What was dynamic when the model was captured (`plan.dynamic`: the batch, the sequence where asked) stays so.
+
+        Args:
+            options: those of the backend, `dtype="float16"`: see `fxprune.backends.onnxruntime.OnnxRuntimeBackend`.
 
         Raises:
-            BackendError: the ending is unknown, the backend is missing, or the export failed.
+            BackendError: the ending, an option or its value is unknown, the backend is missing, or the export failed.
         """
         from fxprune.backends import BACKENDS
 
@@ -193,10 +197,8 @@ class Pruned:
         endings = {".onnx": "onnxruntime"}
         if target.suffix not in endings:
             raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
-        backend = BACKENDS[endings[target.suffix]]
-        backend.build(
-            self.graph_module(), self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target
-        )
+        backend = BACKENDS[endings[target.suffix]].configured(**options)
+        backend.build(self.graph_module(), self.args, self.kwargs, threads=1, dynamic=self.plan.dynamic, path=target)
         return target
 
     def measure(
@@ -221,7 +223,7 @@ class Pruned:
             raise InputError("there is no dense model to measure against; pass it as `against`")
         args, kwargs = rebatch(self.args, self.kwargs, batch)
         name = backend or self.report.recipe.get("backend", "onnxruntime")
-        latency = measure(dense, self.graph_module(), args, kwargs, name, threads, rounds, self.batch_dynamic)
+        latency = measure(dense, self.graph_module(), args, kwargs, name, threads, rounds, self.plan.dynamic)
         self.report.latency.append(latency)
         return latency
 
@@ -588,7 +590,6 @@ def _compile(
         args=args,
         kwargs=keywords,
         dense=model,
-        batch_dynamic=any(s.name == "batch" for s in analysis.captured.symbols),
         written=written,
         _graph=rewritten.module if written else None,
     )

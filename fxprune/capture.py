@@ -31,6 +31,7 @@ from fxprune.admit import refuse_inputs
 from fxprune.axes import Size, tidy
 from fxprune.errors import CaptureError, FxpruneError, InputError
 from fxprune.higher_order import recorded_as_operators
+from fxprune.input_names import input_names
 from fxprune.record import Recorder
 
 #: More dynamic sizes than this would need too many recordings.
@@ -84,6 +85,15 @@ class Captured:
     notes: list[str] = field(default_factory=list)
     types: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _formulas: dict[Size, dict[tuple[str, ...], int]] = field(default_factory=dict)
+
+    @property
+    def dynamic(self) -> dict[str, dict[int, str]]:
+        """Input name -> dimension -> size name."""
+        found: dict[str, dict[int, str]] = {}
+        for symbol in self.symbols:
+            for name, dim in symbol.places:
+                found.setdefault(name, {})[dim] = symbol.name
+        return found
 
     def affine(self, size: Size) -> dict[tuple[str, ...], int]:
         """Return a size as a sum of products of symbols: {(): constant, ("batch",): factor, ...}.
@@ -176,25 +186,12 @@ def _captured(
 
 def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """One name for each leaf of the inputs, after the parameters of `forward`."""
+    signature = inspect.signature(model.forward)
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InputError(
-            f"{type(model).__name__}.forward{inspect.signature(model.forward)} does not take these inputs: {error}"
-        ) from error
-    positional = list(inspect.signature(model.forward).parameters)[: len(args)]
-    positional += [f"arg{i}" for i in range(len(positional), len(args))]
-    del bound
-    names = []
-    keys: Any
-    for keys, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        head = positional[keys[1].idx] if keys[0].idx == 0 else str(keys[1].key)
-        names.append("_".join([head, *(str(getattr(p, "idx", getattr(p, "key", ""))) for p in keys[2:])]))
-    unique: list[str] = []
-    for name in names:
-        name = "".join(c if c.isalnum() else "_" for c in name)
-        unique.append(name if name not in unique else f"{name}_{len(unique)}")
-    return unique
+        raise InputError(f"{type(model).__name__}.forward{signature} does not take these inputs: {error}") from error
+    return input_names(signature, args, kwargs)
 
 
 def _symbols(

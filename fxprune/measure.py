@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.backends import chosen
+from fxprune.backends.base import forward_signature
 from fxprune.backends.timing import LEAST_REPEATS, compare
 from fxprune.errors import InputError
+from fxprune.input_names import Dynamic, input_names, renamed
 from fxprune.report import Latency, Pair
 
 
@@ -22,9 +24,11 @@ def measure(
     backend: str | Mapping[str, Any],
     threads: int | None = None,
     rounds: int = 30,
-    batch_dynamic: bool = True,
+    dynamic: bool | Dynamic = True,
 ) -> Latency:
     """Build both on the backend and time them alternately on the same inputs.
+
+    `dynamic` is that of `Backend.build`, by the names of the pruned module's inputs; the dense model may have others.
 
     Raises:
         BackendError: the backend is missing, or one of the two cannot be built.
@@ -34,9 +38,13 @@ def measure(
         raise InputError(f"{rounds} rounds allow no 95 % interval; take {LEAST_REPEATS} or more")
     runs_on = chosen(backend)
     count = threads or torch.get_num_threads()
+    others = dynamic
+    if not isinstance(dynamic, bool):
+        own, theirs = (input_names(forward_signature(module), args, kwargs) for module in (pruned, dense))
+        others = renamed(dynamic, own, theirs)
     runners = {
-        name: runs_on.build(module, args, kwargs, threads=count, batch_dynamic=batch_dynamic)
-        for name, module in (("dense", dense), ("pruned", pruned))
+        name: runs_on.build(module, args, kwargs, threads=count, dynamic=sizes)
+        for name, module, sizes in (("dense", dense, others), ("pruned", pruned, dynamic))
     }
     comparison = compare(
         {name: runner.bind(*args, **kwargs) for name, runner in runners.items()},

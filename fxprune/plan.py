@@ -97,14 +97,10 @@ class Plan:
         ]
         left = costs.without(kept.removed)
         total = {cost: (costs.of(cost, {}), left.of(cost, counts)) for cost in ("params", "macs")}
-        dynamic: dict[str, dict[int, str]] = {}
-        for symbol in analysis.captured.symbols:
-            for name, dim in symbol.places:
-                dynamic.setdefault(name, {})[dim] = symbol.name
         return cls(
             {n: t for n, t in table.items() if t},
             rows,
-            dynamic=dynamic,
+            dynamic=analysis.captured.dynamic,
             costs=total,
             blocks=[b.name for b in blocks],
             **extra,

@@ -17,6 +17,7 @@ from fxprune.analyse import Analysis
 from fxprune.axes import Axis, Concat, Dim, Fixed, Product, Size
 from fxprune.blocks import live
 from fxprune.capture import Varying
+from fxprune.input_names import positional_names
 from fxprune.kept import Kept
 from fxprune.layers import DROPOUTS, LAYERS, RECURRENT, dropout, recurrent, refresh
 from fxprune.rules.core import bind, rule_of
@@ -458,7 +459,5 @@ class _Rewriter:
 
     def _argument_names(self) -> list[str]:
         args, kwargs = self.analysis.captured.in_spec.children()
-        count = args.num_children
-        names = list(inspect.signature(self.model.forward).parameters)[:count]
-        names += [f"arg{i}" for i in range(len(names), count)]
+        names = positional_names(inspect.signature(self.model.forward), args.num_children)
         return [*names, *(kwargs.context or [])]

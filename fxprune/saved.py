@@ -92,7 +92,6 @@ def _write(pruned: Pruned, folder: Path) -> None:
         "report": pruned.report.to_json(),
         "aliases": aliases,
         "trainable": trainable,
-        "batch_dynamic": pruned.batch_dynamic,
         "inputs": {"spec": json.loads(pytree.treespec_dumps(spec)), "leaves": [_describe(leaf) for leaf in leaves]},
         "sha256": {name: _checksum(folder / name) for name in (WEIGHTS, GRAPH)},
     }
@@ -169,7 +168,7 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
         report = read_report(data["report"])
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise SavedModelError(f"'{folder}' cannot be read: {type(error).__name__}: {error}") from error
-    return Pruned(module, plan, report, args, kwargs, model, data["batch_dynamic"])
+    return Pruned(module, plan, report, args, kwargs, model)
 
 
 def _replay(

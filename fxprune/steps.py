@@ -74,9 +74,8 @@ class Work:
         Raises:
             BackendError: it is not available here, or cannot build one of the two.
         """
-        dynamic = any(s.name == "batch" for s in self.analysis.captured.symbols)
-        recipe = self.recipe
-        found = measure(before, after, self.args, self.kwargs, recipe.backend, recipe.threads, batch_dynamic=dynamic)
+        recipe, dynamic = self.recipe, self.analysis.captured.dynamic
+        found = measure(before, after, self.args, self.kwargs, recipe.backend, recipe.threads, dynamic=dynamic)
         return found.speedup, *found.interval
 
     def measured(self) -> float | None:

@@ -378,7 +378,7 @@ class Clock:
         if self._reference is None:
             rows, width = _REFERENCE
             layer, inputs = nn.Linear(width, width), (torch.ones(rows, width),)
-            runner = self.backend.build(layer, inputs, threads=self.threads, batch_dynamic=False)
+            runner = self.backend.build(layer, inputs, threads=self.threads, dynamic=False)
             self._reference = runner.bind(*inputs)
         timed = compare(
             {"reference": self._reference, **calls},

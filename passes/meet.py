@@ -14,6 +14,7 @@ from fxprune.backends.base import Backend, Runner
 from fxprune.backends.timing import Comparison, compare
 from fxprune.errors import TargetError
 from fxprune.groups import Group
+from fxprune.input_names import Dynamic
 from fxprune.kept import Kept
 from fxprune.passes.choose import Chooser, step
 from fxprune.passes.latency import LatencyCosts, tables
@@ -34,12 +35,12 @@ class _Loop:
     kwargs: dict[str, Any]
     backend: Backend
     threads: int
-    dynamic: bool
+    dynamic: Dynamic
     dense: Runner
 
     def build(self, kept: Kept) -> Runner:
         module = rewrite(self.chooser.analysis, kept, self.model).module.eval()
-        return self.backend.build(module, self.args, self.kwargs, threads=self.threads, batch_dynamic=self.dynamic)
+        return self.backend.build(module, self.args, self.kwargs, threads=self.threads, dynamic=self.dynamic)
 
     def measure(self, kept: Kept, predicted: float) -> Attempt:
         runner = self.build(kept)
@@ -74,9 +75,9 @@ def meet(
     """
     recipe, analysis = chooser.recipe, chooser.analysis
     threads = recipe.threads or torch.get_num_threads()
-    dynamic = any(s.name == "batch" for s in analysis.captured.symbols)
+    dynamic = analysis.captured.dynamic
     progress("build the dense model")
-    dense = backend.build(model, args, kwargs, threads=threads, batch_dynamic=dynamic)
+    dense = backend.build(model, args, kwargs, threads=threads, dynamic=dynamic)
     loop = _Loop(chooser, model, args, kwargs, backend, threads, dynamic, dense)
     goal = recipe.target.speedup
     if goal is None:

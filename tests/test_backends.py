@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.backends import BACKENDS, Backend, chosen, onnxruntime
+from fxprune.backends import BACKENDS, Backend, chosen
 from fxprune.backends import torch as torch_backend
 from fxprune.backends.base import TOLERANCE, compare_outputs, inference_copy
 from fxprune.errors import BackendError, InputError
@@ -70,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(scope="module")
 def runner(backend: Backend, net: Net) -> Iterator[Any]:
     torch.manual_seed(1)
-    built = backend.build(net, arguments(2), {"scale": 2.0}, threads=THREADS, batch_dynamic=True)
+    built = backend.build(net, arguments(2), {"scale": 2.0}, threads=THREADS, dynamic=True)
     yield built
     torch._dynamo.reset()
 
@@ -219,266 +215,6 @@ def test_a_module_that_cannot_be_copied_is_named() -> None:
     layer.cache = layer(torch.zeros(1, 2))  # as a forward pass that keeps its result would
     with pytest.raises(BackendError, match=r"Linear cannot be copied: .*delete or detach them"):
         inference_copy(layer)
-
-
-# -------------------------------------------------------------------------------------------------------- onnxruntime
-
-
-needs_onnxruntime = pytest.mark.skipif(
-    BACKENDS["onnxruntime"].available() is not None, reason=str(BACKENDS["onnxruntime"].available())
-)
-
-
-class Nested(nn.Module):
-    """Tensors inside containers, constants between them, an unused input, an input that is an output."""
-
-    def forward(
-        self, x: Tensor, *more: Tensor, options: dict[str, Any], unused: Tensor | None = None
-    ) -> tuple[Any, ...]:
-        return x, (x + more[0]) * options["factor"], options["mask"], None
-
-
-class Unlucky(nn.Module):
-    """Cannot be exported, and talks about it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        print("here it comes")
-        warnings.warn("some advice", stacklevel=1)
-        logging.getLogger("torch.onnx").warning("a log line")
-        return torch.linalg.eigvals(x).real
-
-
-class FixedBatch(nn.Module):
-    """Works for a batch of two alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.view(2, 3) * 2
-
-
-class Noisy(nn.Module):
-    """Gives something else every time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rand(3)
-
-
-def build(module: nn.Module, *args: Any, **options: Any) -> Any:
-    kwargs = options.pop("kwargs", {})
-    return BACKENDS["onnxruntime"].build(module, args, kwargs, threads=THREADS, **options)
-
-
-@needs_onnxruntime
-def test_nested_arguments_become_named_inputs() -> None:
-    import onnxruntime as ort
-
-    x = torch.randn(2, 3)
-    given = {"options": {"factor": 3, "mask": x.bool()}, "unused": x + 1}
-    built = build(Nested(), x, x + 2, kwargs=given)
-    names = [(entry.name, entry.shape) for entry in built._session.get_inputs()]
-    assert names == [(name, ["batch", 3]) for name in ("x", "more_0", "options_mask", "unused")]
-    assert isinstance(built._session, ort.InferenceSession)
-    assert len(built.run(x, x + 2, **given)) == 3
-    # A dictionary in another order is the same dictionary.
-    swapped = {"options": {"mask": x.bool(), "factor": 3}, "unused": x + 1}
-    assert compare_outputs(built.run(x, x + 2, **given), built.run(x, x + 2, **swapped)).max_abs == 0
-    with pytest.raises(BackendError, match=r"constants \{'options_factor': 3\}.*constants \{'options_factor': 4\}"):
-        built.run(x, x + 2, options={"factor": 4, "mask": x.bool()}, unused=x)
-
-
-@needs_onnxruntime
-def test_the_session_has_the_options_that_were_asked_for(tmp_path: Path) -> None:
-    import onnxruntime as ort
-
-    path, optimized = tmp_path / "new" / "model.onnx", tmp_path / "optimized.onnx"
-    onnxruntime.export(nn.Linear(3, 4), (torch.randn(2, 3),), None, path)
-    opened = onnxruntime.session(path, threads=1, optimized=optimized)
-    options = opened.get_session_options()
-    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
-    assert options.execution_mode == ort.ExecutionMode.ORT_SEQUENTIAL
-    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    assert opened.get_providers() == ["CPUExecutionProvider"]
-    assert optimized.exists()
-
-
-@needs_onnxruntime
-def test_denormal_numbers_are_zero_there_and_nowhere_else() -> None:
-    class Net(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 0.1 * 1e10
-
-    tiny = torch.full((4, 3), 1e-38)
-    runner = BACKENDS["onnxruntime"].build(Net(), (torch.ones(4, 3),), threads=1)
-    assert torch.equal(runner.run(tiny)[0], torch.zeros(4, 3))
-    assert (tiny * 0.1).min() > 0
-    runner.bind(tiny)()
-    assert (tiny * 0.1).min() > 0
-
-
-@needs_onnxruntime
-def test_another_provider_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime as ort
-
-    path = tmp_path / "model.onnx"
-    onnxruntime.export(nn.Linear(3, 4), (torch.randn(2, 3),), None, path)
-    monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda self: ["OtherExecutionProvider"])
-    with pytest.raises(BackendError, match=r"runs model.onnx on \['OtherExecutionProvider'\] instead of"):
-        onnxruntime.session(path, threads=1)
-
-
-@needs_onnxruntime
-def test_the_file_is_kept_where_asked_and_removed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnx
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    layer = nn.Sequential(nn.Linear(3, 4))
-    kept = build(layer, torch.randn(2, 3), path=tmp_path / "model.onnx")
-    assert kept.path == tmp_path / "model.onnx"
-    assert {entry.name for entry in onnx.load(kept.path).graph.initializer} == {"0.weight", "0.bias"}
-    other = build(layer, torch.randn(2, 3))
-    assert other.path is None
-    assert any((tmp_path / "temporary").iterdir())
-    del other
-    with pytest.raises(BackendError):
-        build(Noisy(), torch.randn(2, 3))
-    assert not any((tmp_path / "temporary").iterdir())
-
-
-@needs_onnxruntime
-def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The exporter's own limit, lowered: two gigabytes are too much for a test.
-    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100)
-    layer = nn.Linear(300, 200)
-    built = build(layer, torch.randn(2, 300), path=tmp_path / "model.onnx")
-    assert (tmp_path / "model.onnx.data").stat().st_size >= 300 * 200 * 4
-    x = torch.randn(3, 300)
-    assert compare_outputs([layer(x)], built.run(x)).max_rel < 1e-4
-
-
-@needs_onnxruntime
-def test_a_good_export_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        build(
-            Nested(), torch.randn(2, 3), torch.randn(2, 3), kwargs={"options": {"factor": 1, "mask": torch.ones(2, 1)}}
-        )
-    assert capfd.readouterr() == ("", "")
-    assert not caught
-
-
-@needs_onnxruntime
-@pytest.mark.parametrize(("heads", "fused"), [(2, True), (1, False), (4, False)])
-def test_attention_is_one_operator_where_onnx_has_it(tmp_path: Path, heads: int, fused: bool) -> None:
-    """Keys that broadcast over heads, and as many groups as heads, have no such operator."""
-    inputs = (torch.randn(2, 4, 5, 8), torch.randn(2, heads, 5, 8))
-
-    class Net(nn.Module):
-        def forward(self, q: Tensor, k: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, k, enable_gqa=heads > 1)
-
-    onnxruntime.export(Net(), inputs, {}, tmp_path / "net.onnx")
-    operators = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
-    assert ("Attention" in operators) == fused
-    assert BACKENDS["onnxruntime"].build(Net(), inputs, threads=1).parity.max_rel < 1e-5
-
-
-def test_a_row_that_is_wholly_masked_attends_to_nothing() -> None:
-    class Net(nn.Module):
-        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
-
-    mask = torch.rand(2, 1, 5, 5) > 0.3
-    mask[0, 0, 2] = False
-    inputs = (torch.randn(2, 3, 5, 8), mask)
-    (found,) = BACKENDS["onnxruntime"].build(Net(), inputs, threads=1).run(*inputs)
-    assert torch.equal(found[0, :, 2], torch.zeros(3, 8))
-    torch.testing.assert_close(found, Net()(*inputs), rtol=1e-4, atol=1e-5)
-
-
-def test_an_operator_that_is_missing_in_the_later_set_keeps_attention_in_pieces(tmp_path: Path) -> None:
-    class Net(nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, q, q) + 0 * torch.rand_like(q)
-
-    x = torch.randn(2, 4, 5, 8)
-    onnxruntime.export(Net(), (x,), {}, tmp_path / "net.onnx")
-    assert "Softmax" in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
-    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
-    assert BACKENDS["onnxruntime"].build(Net(), (x,), threads=1).parity.max_rel < 1e-5
-
-
-def test_a_failed_export_tells_what_the_exporter_said(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BackendError) as caught:
-        build(Unlucky(), torch.randn(2, 3, 3))
-    message = str(caught.value)
-    assert message.startswith("torch.onnx.export failed for Unlucky: ")
-    assert "linalg_eig" in message
-    assert "here it comes" in message
-    assert "UserWarning: some advice" in message
-    assert capfd.readouterr() == ("", "")
-
-
-@needs_onnxruntime
-def test_a_batch_that_cannot_be_dynamic_is_said_and_can_be_fixed() -> None:
-    x = torch.randn(2, 3)
-    with pytest.raises(BackendError, match=r"(?s)inferred a static shape of 2.*build with batch_dynamic=False"):
-        build(FixedBatch(), x)
-    assert torch.equal(build(FixedBatch(), x, batch_dynamic=False).run(x)[0], x * 2)
-
-
-@needs_onnxruntime
-def test_what_computes_something_else_is_refused() -> None:
-    with pytest.raises(
-        BackendError, match=r"does not compute what Noisy computes: relative difference .* allowed 0\.001"
-    ):
-        build(Noisy(), torch.randn(2, 3))
-
-
-@needs_onnxruntime
-def test_types_that_onnxruntime_lacks_are_an_error_not_a_crash() -> None:
-    with pytest.raises(BackendError, match="onnxruntime cannot"):
-        build(nn.Linear(3, 4).bfloat16(), torch.randn(2, 3).bfloat16())
-
-
-@needs_onnxruntime
-def test_no_batch_dimension_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="no batch dimension; pass one, or batch_dynamic=False"):
-        build(nn.ReLU(), torch.tensor(1.0))
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = onnxruntime.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else found(name))
-    assert BACKENDS["onnxruntime"].available() == "onnxscript not installed; pip install 'fxprune[onnx]'"
-
-
-def test_the_preferred_multiple_follows_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, multiple in {"AVX512": 16, "AVX2": 8, "DEFAULT": 8}.items():
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert BACKENDS["onnxruntime"].preferred_multiple == multiple
-
-
-@pytest.mark.slow
-@needs_onnxruntime
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "bert"])
-def test_real_models(name: str) -> None:
-    if name == "bert":
-        transformers = pytest.importorskip("transformers")
-        config = transformers.BertConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-        )
-        model = transformers.BertForSequenceClassification(config).eval()
-        ids = torch.randint(0, 64, (1, 12))
-        built = build(model, ids, kwargs={"attention_mask": torch.ones_like(ids)})
-        more = torch.randint(0, 64, (3, 12))
-        outputs = built.run(more, attention_mask=torch.ones_like(more))
-        reference = model(more, attention_mask=torch.ones_like(more)).logits
-    else:
-        model = pytest.importorskip("timm").create_model(name).eval()
-        built = build(model, torch.randn(1, 3, 224, 224))
-        more = torch.randn(3, 3, 224, 224)
-        outputs, reference = built.run(more), model(more)
-    assert compare_outputs([reference], outputs).max_rel < 1e-4
 
 
 # -------------------------------------------------------------------------------------------------------------- torch

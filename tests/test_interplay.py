@@ -355,7 +355,7 @@ def test_exported_programs_are_taken_as_their_module() -> None:
     program = torch.export.export(mlp(), (INPUT,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     pruned = halved(program)
     noted(pruned, "exported program")
-    assert pruned.batch_dynamic
+    assert pruned.plan.dynamic
     assert isinstance(pruned.module.get_submodule("2"), nn.Linear)
 
 
