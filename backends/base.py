@@ -157,7 +157,7 @@ def chosen(setting: str | Mapping[str, Any]) -> Backend:
     >>> chosen({"name": "torch", "dtpye": "bfloat16"})
     Traceback (most recent call last):
         ...
-    fxprune.errors.BackendError: backend 'torch' has no option 'dtpye'. Known: none
+    fxprune.errors.BackendError: backend 'torch' has no option 'dtpye'; did you mean 'dtype'? Known: device, dtype, ...
     """
     given = {"name": setting} if isinstance(setting, str) else dict(setting)
     name = given.pop("name", None)
@@ -309,20 +309,22 @@ def compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> Parity:
     return Parity(max_abs, max_rel)
 
 
-def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor]) -> Parity:
+def check_parity(
+    name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor], tolerance: float = TOLERANCE
+) -> Parity:
     """Compare `actual` with what `module` gives for `arguments` (as `bind_arguments` returns them).
 
-    Raises BackendError where the relative difference is above TOLERANCE.
+    Raises BackendError where the relative difference is above `tolerance`.
     """
     args, kwargs = call_arguments(forward_signature(module), arguments)
     with torch.no_grad():
         expected = tensors_of(module(*args, **kwargs))
     parity = compare_outputs(expected, actual)
     # `not <=` so that a NaN cannot pass.
-    if not parity.max_rel <= TOLERANCE:
+    if not parity.max_rel <= tolerance:
         raise BackendError(
             f"backend '{name}' does not compute what {type(module).__name__} computes: relative difference "
-            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {TOLERANCE:g} relative. "
+            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {tolerance:g} relative. "
             "Check with another backend, and in float32."
         )
     return parity

@@ -141,7 +141,7 @@ class Pruned:
         return save(self, Path(directory), overwrite)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the module for another runtime, by the ending of the path: `.onnx` (dynamic batch).
+        """Write the module for another runtime, by the ending of the path: `.onnx` (dynamic batch), `.pt2` (compiled).
 
         Raises:
             BackendError: the ending is unknown, the backend is missing, or the export failed.
@@ -149,7 +149,7 @@ class Pruned:
         from fxprune.backends import BACKENDS
 
         target = Path(path)
-        endings = {".onnx": "onnxruntime"}
+        endings = {".onnx": "onnxruntime", ".pt2": "torch-aot"}
         if target.suffix not in endings:
             raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
         backend = BACKENDS[endings[target.suffix]]
