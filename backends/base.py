@@ -41,7 +41,8 @@ class Runner(abc.ABC):
         """Return a call that runs the model on these arguments as often as it is timed.
 
         A backend that can lays the arguments out once and writes the outputs to one place, so that no call copies or
-        allocates what a caller in its place would have ready.
+        allocates what a caller in its place would have ready. On a GPU, which is given work and left to it, the call
+        returns once the outputs are there, so that any clock around it measures the work.
         """
         return functools.partial(self.run, *args, **kwargs)
 

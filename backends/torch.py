@@ -76,9 +76,14 @@ def no_cuda() -> str:
     return f"torch {torch.__version__} finds no CUDA device; check the driver with nvidia-smi, or choose device cpu"
 
 
-def no_compiler() -> str | None:
-    """Return why code that torch generates cannot be compiled here, or None where it can."""
+def no_compiler(cuda: bool = False) -> str | None:
+    """Return why code that torch generates cannot be compiled here, or None where it can.
+
+    For the CPU it generates C++; for `cuda` Triton compiles the kernels, and needs a C compiler for what starts them.
+    """
     candidates = [os.environ.get("CXX", "g++"), "g++", "clang++"]
+    if cuda:
+        candidates += [os.environ.get("CC", "gcc"), "gcc", "clang"]
     if any(shutil.which(candidate) for candidate in candidates):
         return None
     return "torch.compile needs a C++ compiler and neither g++ nor clang++ was found; install one, or set CXX to it"
@@ -116,9 +121,10 @@ class TorchRunner(Runner):
             return functools.partial(self._outputs, args, kwargs)
         started: Callable[[], object] = functools.partial(self._outputs, args, kwargs)
         if self._backend.replays:
+            started()  # arguments that do not fit are no fault of recording
             try:
                 started = sparse.graphed(started)
-            except RuntimeError as error:
+            except (RuntimeError, BackendError) as error:
                 raise BackendError(
                     f"backend '{self._backend.name}' cannot record the model as a CUDA graph: {error}. "
                     "Build it with cuda_graphs=False."
@@ -212,7 +218,7 @@ class TorchBackend(Backend):
             return (
                 "sparse auto needs device cuda and dtype float16 or bfloat16: there are no other 2:4 kernels in torch"
             )
-        return no_compiler() if self._compiled else None
+        return no_compiler(cuda) if self._compiled else None
 
     def _build(
         self,
@@ -267,7 +273,7 @@ class TorchBackend(Backend):
 
 def _dtype_of(module: nn.Module) -> str:
     """Return the type of the module's first floating-point tensor."""
-    found = (t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    found = (t.dtype for t in [*module.parameters(), *module.buffers()] if t.dtype.is_floating_point)
     return str(next(found, torch.float32)).removeprefix("torch.")
 
 
