@@ -6,7 +6,6 @@ ones. Every layer is timed both ways, and stays dense unless the sparse kernel i
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -87,10 +86,10 @@ def choose(
         rows: layer -> rows that it is given at once, from `count_rows`.
         graphs: whether the model will run from a CUDA graph or compiled. The layers are then timed from graphs, without
             the time that Python takes to start them, which is longer for sparse ones.
-        timer, compressor: (for tests) instead of `time_calls` and `compressed`.
+        timer, compressor: (for tests) instead of `time_calls` and a `Compressor`.
     """
     timer = timer or (lambda calls: time_calls(calls, graphs))
-    compressor = compressor or compressed
+    compressor = compressor or Compressor()
     known: dict[object, LayerChoice] = {}
     choices = []
     for name, layer in module.named_modules():
@@ -134,26 +133,40 @@ def count_rows(module: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     return rows
 
 
-def compressed(weight: Tensor, kernel: str, rows: int) -> Tensor:
-    """Return a 2:4 weight (outputs, inputs) in a kernel's compressed form, tuned for inputs of so many rows.
+class Compressor:
+    """Brings 2:4 weights into the form that a kernel takes; searches once for what is fastest for a shape."""
 
-    Raises whatever torch raises where the kernel does not know the shape, the type or the GPU.
-    """
-    classes = {
-        "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
-        "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the interface is a prototype
-        sparse: Any = classes[kernel].from_dense(weight.contiguous())
-    if kernel == "cusparselt":
-        # The algorithm that cuSPARSELt takes by itself may be far from the fastest. Rows come in eights, as its layout
-        # asks for and torch pads them. Without an answer the one that it takes by itself has to do.
+    def __init__(self) -> None:
+        self._algorithms: dict[object, int] = {}
+
+    def __call__(self, weight: Tensor, kernel: str, rows: int) -> Tensor:
+        """Return a 2:4 weight (outputs, inputs) compressed for a kernel of `KERNELS`, tuned for inputs of so many rows.
+
+        Raises whatever torch raises where the kernel does not know the shape, the type or the GPU.
+        """
+        classes = {
+            "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+            "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the interface is a prototype
+            sparse: Any = classes[kernel].from_dense(weight.contiguous())
+        if kernel == "cusparselt":
+            key = (weight.shape, weight.dtype, rows)
+            if key not in self._algorithms:
+                self._algorithms[key] = self._fastest(sparse, weight, rows)
+            sparse.alg_id_cusparselt = self._algorithms[key]
+        result: Tensor = sparse
+        return result
+
+    def _fastest(self, sparse: Any, weight: Tensor, rows: int) -> int:
+        """Return the number of cuSPARSELt's fastest algorithm: the one that it takes by itself may be far from it."""
+        # Rows come in eights, as its layout asks for and torch pads them.
         inputs = torch.zeros(-(-rows // 8) * 8, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        with contextlib.suppress(RuntimeError):
-            sparse.alg_id_cusparselt = int(torch._cslt_sparse_mm_search(sparse.packed, inputs.t()))
-    result: Tensor = sparse
-    return result
+        try:
+            return int(torch._cslt_sparse_mm_search(sparse.packed, inputs.t()))
+        except RuntimeError:  # a search that it cannot make: the product itself may still work
+            return int(sparse.alg_id_cusparselt)
 
 
 def time_calls(calls: Mapping[str, Callable[[], object]], graphs: bool) -> Comparison:

@@ -194,7 +194,7 @@ def test_sparse_kernels_compute_the_linear_layer(kernel: str, rows: int, dtype: 
     x = torch.randn(rows, 256, dtype=dtype, device="cuda")
     with torch.no_grad():
         try:
-            weight = sparse.compressed(layer.weight.detach(), kernel, rows)
+            weight = sparse.Compressor()(layer.weight.detach(), kernel, rows)
             found = nn.functional.linear(x, weight, layer.bias)
         except RuntimeError as error:
             pytest.skip(f"{kernel} does not run here: {str(error).splitlines()[0]}")
