@@ -125,8 +125,9 @@ class TorchRunner(Runner):
             try:
                 started = sparse.graphed(started)
             except (RuntimeError, BackendError) as error:
+                said = str(error).partition("\n")[0]  # CUDA's further lines are about debugging kernels
                 raise BackendError(
-                    f"backend '{self._backend.name}' cannot record the model as a CUDA graph: {error}. "
+                    f"backend '{self._backend.name}' cannot record the model as a CUDA graph: {said}. "
                     "Build it with cuda_graphs=False."
                 ) from error
         device = self._placement.device

@@ -153,7 +153,9 @@ def test_what_cannot_be_recorded_is_said_when_it_is_bound() -> None:
             return x * float(x.sum())
 
     built = usable("torch", device="cuda", cuda_graphs=True).build(Reads(), (torch.ones(2, 2),), threads=1)
-    with pytest.raises(BackendError, match=r"cannot record the model as a CUDA graph.*cuda_graphs=False"):
+    with pytest.raises(
+        BackendError, match=r"cannot record the model as a CUDA graph: .* Build it with cuda_graphs=False"
+    ):
         built.bind(torch.ones(2, 2))
 
 

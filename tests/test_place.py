@@ -197,6 +197,61 @@ def test_what_half_precision_cannot_hold_is_refused() -> None:
         build(Large(), torch.ones(2, 3), dtype="float16")
 
 
+class Elsewhere:
+    """Stands in for a placement on a GPU, and leaves everything where it is."""
+
+    device = torch.device("cuda")
+    dtype = None
+    tolerance = 1e-2
+
+    def arguments(self, arguments: Any) -> Any:
+        return arguments
+
+
+def elsewhere(call: Any, monkeypatch: pytest.MonkeyPatch, said: list[str], **options: Any) -> Any:
+    """Return a runner that believes that it is on a GPU; what it asks of CUDA is written down."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: said.append(f"wait for {device}"))
+    backend: Any = BACKENDS["torch"].configured(device="cuda", **options)
+    return torch_backend.TorchRunner(backend, call, 2, Elsewhere())  # type: ignore[arg-type]
+
+
+def test_a_bound_call_on_a_gpu_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    call = elsewhere(lambda: said.append("model"), monkeypatch, said).bind()
+    assert said == []
+    call()
+    call()
+    assert said == ["model", "wait for cuda"] * 2
+
+
+def test_a_bound_call_replays_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def graphed(call: Any) -> Any:
+        call()
+        return lambda: said.append("replay")
+
+    monkeypatch.setattr(torch_backend.sparse, "graphed", graphed)
+    call = elsewhere(lambda: said.append("model"), monkeypatch, said, cuda_graphs=True).bind()
+    assert said == ["model", "model"]
+    call()
+    assert said[2:] == ["replay", "wait for cuda"]
+
+
+def test_what_cannot_be_recorded_is_told_from_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graphed(call: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nFor debugging consider ...")
+
+    monkeypatch.setattr(torch_backend.sparse, "graphed", graphed)
+    runner = elsewhere(lambda x: x, monkeypatch, [], cuda_graphs=True)
+    with pytest.raises(
+        BackendError, match=r"as a CUDA graph: operation .* capturing\. Build it with cuda_graphs=False"
+    ):
+        runner.bind(1)
+    with pytest.raises(BackendError, match="backend 'torch' cannot run the model"):
+        runner.bind()
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
