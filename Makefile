@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make test TORCH_ARGS='--index-url ...'
 TORCH_ARGS ?=
 
-.PHONY: .venv test lint fuzz zoo demo wheel clean
+.PHONY: .venv test gpu-test lint fuzz zoo demo wheel clean
 
 .venv: $(BIN)/fxprune
 
@@ -19,6 +19,10 @@ $(BIN)/fxprune:
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# The tests that need a CUDA device. Without one they are skipped, which it says last, with the reason.
+gpu-test: .venv
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -43,7 +43,8 @@ class Runner(abc.ABC):
         """Return a call that runs the model on these arguments as often as it is timed.
 
         A backend that can lays the arguments out once and writes the outputs to one place, so that no call copies or
-        allocates what a caller in its place would have ready.
+        allocates what a caller in its place would have ready. On a GPU, which is given work and left to it, the call
+        returns once the outputs are there, so that any clock around it measures the work.
         """
         return functools.partial(self.run, *args, **kwargs)
 
@@ -166,7 +167,7 @@ def chosen(setting: str | Mapping[str, Any]) -> Backend:
     >>> chosen({"name": "torch", "dtpye": "bfloat16"})
     Traceback (most recent call last):
         ...
-    fxprune.errors.BackendError: backend 'torch' has no option 'dtpye'. Known: none
+    fxprune.errors.BackendError: backend 'torch' has no option 'dtpye'; did you mean 'dtype'? Known: device, dtype, ...
     """
     given = {"name": setting} if isinstance(setting, str) else dict(setting)
     name = given.pop("name", None)

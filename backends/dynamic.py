@@ -28,6 +28,17 @@ def named_leaves(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Ma
     return dict(zip(input_names(signature, args, kwargs), leaves, strict=True))
 
 
+def split(leaves: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors among named leaves, and everything else.
+
+    >>> tensors, constants = split({"x": torch.zeros(1), "causal": True})
+    >>> list(tensors), constants
+    (['x'], {'causal': True})
+    """
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    return tensors, {name: leaf for name, leaf in leaves.items() if name not in tensors}
+
+
 def places(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool | Dynamic
 ) -> dict[str, dict[int, str]]:

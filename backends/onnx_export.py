@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.backends.base import bind_arguments, call_arguments, forward_signature, inference_copy, tensors_of
 from fxprune.backends.dynamic import named_leaves, places, resized, sizes, sizes_to_trace
+from fxprune.backends.flat import FlatModule
 from fxprune.backends.onnx_session import SessionSettings, session
 from fxprune.backends.quiet import quiet
 from fxprune.errors import BackendError
@@ -88,7 +88,7 @@ def export(
     dynamic = places(signature, args, kwargs, dynamic)
     traced = sizes_to_trace(sizes(signature, args, kwargs, dynamic))
     args, kwargs = resized(signature, args, kwargs, dynamic, traced)
-    flat = _FlatModule(inference_copy(module), args, kwargs).eval()
+    flat = FlatModule(inference_copy(module), args, kwargs).eval()
     tensors = {n: leaf for n, leaf in named_leaves(signature, args, kwargs).items() if isinstance(leaf, Tensor)}
     shapes = {"tensors": tuple(dynamic.get(name) for name in tensors)} if dynamic else None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,23 +217,6 @@ def save(model: onnx_ir.Model, path: Path) -> None:
     weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(weight.nbytes for weight in weights if weight is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if total > LARGE else None)
-
-
-class _FlatModule(nn.Module):
-    """Tensors in, list of tensors out: what the exporter handles without special cases for nesting and constants."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module = module
-        leaves, self._structure = pytree.tree_flatten((args, dict(kwargs)))
-        # The class stands where a tensor goes.
-        self._leaves = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        given = iter(tensors)
-        leaves = [next(given) if leaf is Tensor else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        return tensors_of(self.module(*args, **kwargs))
 
 
 class _Together(nn.Module):

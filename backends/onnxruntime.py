@@ -30,7 +30,7 @@ from fxprune.backends.base import (
     check_parity,
     forward_signature,
 )
-from fxprune.backends.dynamic import named_leaves, other_sizes, resized, sizes
+from fxprune.backends.dynamic import named_leaves, other_sizes, resized, sizes, split
 from fxprune.backends.onnx_export import FileSettings, Written, export, export_parts
 from fxprune.backends.onnx_profile import Profile, profile
 from fxprune.backends.onnx_session import PROVIDERS, SessionSettings, denormals_as_zero, missing_provider, session
@@ -75,7 +75,7 @@ class OnnxRunner(Runner):
         self._session = opened
         self._signature = signature
         self._built = built
-        tensors, self._constants = _split(named_leaves(signature, args, kwargs))
+        tensors, self._constants = split(named_leaves(signature, args, kwargs))
         self._names = list(tensors)
         self._feeds = dict(zip(self._names, names or self._names, strict=True))
         self._plain = all(isinstance(value, Tensor) for value in args) and not kwargs
@@ -144,7 +144,7 @@ class OnnxRunner(Runner):
             and all(isinstance(arg, Tensor) for arg in args)
         ):
             return dict(zip(self._names, args, strict=True))
-        tensors, constants = _split(named_leaves(self._signature, *_canonical(self._signature, args, kwargs)))
+        tensors, constants = split(named_leaves(self._signature, *_canonical(self._signature, args, kwargs)))
         if tensors.keys() != set(self._names) or constants != self._constants:
             raise BackendError(
                 f"the model was built for tensors {sorted(self._names)} and constants {self._constants}, but is run "
@@ -310,17 +310,6 @@ def _canonical(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments as they are however a caller writes them: by position where they can be."""
     return call_arguments(signature, bind_arguments(signature, args, kwargs))
-
-
-def _split(leaves: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, and everything else.
-
-    >>> tensors, constants = _split({"x": torch.zeros(1), "causal": True})
-    >>> list(tensors), constants
-    (['x'], {'causal': True})
-    """
-    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    return tensors, {name: leaf for name, leaf in leaves.items() if name not in tensors}
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -125,6 +125,8 @@ def compare(
 
     In each of `repeats` rounds every runner gives one sample: the mean of as many calls as last about `min_time`
     seconds, a number settled in the `warmup` rounds before. No garbage is collected meanwhile. `clock` returns seconds.
+    A runner returns when its work is done, on a GPU too (`Runner.bind`), or `clock` waits for the GPU before it tells
+    (`fxprune.backends.sparse.EventClock`).
 
     Raises ValueError where `reference` is not among the runners, `repeats` or `warmup` are too few, or a sample took no
     time.

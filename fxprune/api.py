@@ -181,12 +181,12 @@ class Pruned:
         return save(self, Path(directory), overwrite)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the module for another runtime, by the ending of the path: `.onnx`; check it against torch.
+        """Write the module for another runtime, by the ending of the path, and check it: `.onnx`, `.pt2` (compiled).
 
         What was dynamic when the model was captured (`plan.dynamic`: the batch, the sequence where asked) stays so.
 
         Args:
-            options: those of the backend, `dtype="float16"`: see `fxprune.backends.onnxruntime.OnnxRuntimeBackend`.
+            options: those of the backend, `dtype="float16"`: see `fxprune.backends`.
 
         Raises:
             BackendError: the ending, an option or its value is unknown, the backend is missing, or the export failed.
@@ -194,7 +194,7 @@ class Pruned:
         from fxprune.backends import BACKENDS
 
         target = Path(path)
-        endings = {".onnx": "onnxruntime"}
+        endings = {".onnx": "onnxruntime", ".pt2": "torch-aot"}
         if target.suffix not in endings:
             raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
         backend = BACKENDS[endings[target.suffix]].configured(**options)

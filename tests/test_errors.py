@@ -310,12 +310,13 @@ def test_backend_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     error = failure(backend="onnxruntim")
     assert type(error) is BackendError
     assert str(error) == (
-        "no backend is called 'onnxruntim'; did you mean 'onnxruntime'? Known: onnxruntime, torch, torch-compile"
+        "no backend is called 'onnxruntim'; did you mean 'onnxruntime'? "
+        "Known: onnxruntime, torch, torch-aot, torch-compile"
     )
     pruned = fxprune.compile(net(), X, target={"macs": 0.5}, proof="quick")
     with pytest.raises(BackendError) as caught:
         pruned.export(tmp_path / "model.trt")
-    assert str(caught.value) == f"'{tmp_path / 'model.trt'}' ends in '.trt'; known endings: .onnx"
+    assert str(caught.value) == f"'{tmp_path / 'model.trt'}' ends in '.trt'; known endings: .onnx, .pt2"
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
