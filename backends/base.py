@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -69,7 +69,7 @@ class Backend(abc.ABC):
         said = [f"{k}={v}" for k, v in self.options.items() if v != self.OPTIONS[k][0]]
         return f"{self.name}({', '.join(said)})" if said else self.name
 
-    def configured(self, **options: Any) -> Backend:
+    def configured(self, **options: Any) -> Self:
         """Return this backend with options set.
 
         Raises BackendError where it has no such option, or the option no such value.
@@ -309,20 +309,22 @@ def compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> Parity:
     return Parity(max_abs, max_rel)
 
 
-def check_parity(name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor]) -> Parity:
+def check_parity(
+    name: str, module: nn.Module, arguments: Mapping[str, Any], actual: list[Tensor], tolerance: float = TOLERANCE
+) -> Parity:
     """Compare `actual` with what `module` gives for `arguments` (as `bind_arguments` returns them).
 
-    Raises BackendError where the relative difference is above TOLERANCE.
+    Raises BackendError where the relative difference is above `tolerance`.
     """
     args, kwargs = call_arguments(forward_signature(module), arguments)
     with torch.no_grad():
         expected = tensors_of(module(*args, **kwargs))
     parity = compare_outputs(expected, actual)
     # `not <=` so that a NaN cannot pass.
-    if not parity.max_rel <= TOLERANCE:
+    if not parity.max_rel <= tolerance:
         raise BackendError(
             f"backend '{name}' does not compute what {type(module).__name__} computes: relative difference "
-            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {TOLERANCE:g} relative. "
+            f"{parity.max_rel:.3g}, absolute {parity.max_abs:.3g}, allowed {tolerance:g} relative. "
             "Check with another backend, and in float32."
         )
     return parity

@@ -166,6 +166,33 @@ def _denormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
+class NamedInputs:
+    """The tensors among the arguments of a module's `forward`, by the names that `export` gives them."""
+
+    def __init__(self, signature: inspect.Signature, arguments: Mapping[str, Any]) -> None:
+        """Take the arguments that the model is built for, as `bind_arguments` returns them."""
+        self._signature = signature
+        tensors, self._constants = _named_leaves(arguments)
+        self.names = list(tensors)
+        self._plain = all(isinstance(value, Tensor) for value in arguments.values())
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of a call.
+
+        Raises BackendError where they are others than those that the model was built for, or a constant is another.
+        """
+        # The usual call, nothing but tensors in order, must cost nothing beside the model that is being timed.
+        if self._plain and not kwargs and len(args) == len(self.names) and all(isinstance(arg, Tensor) for arg in args):
+            return dict(zip(self.names, args, strict=True))
+        tensors, constants = _named_leaves(bind_arguments(self._signature, args, kwargs))
+        if tensors.keys() != set(self.names) or constants != self._constants:
+            raise BackendError(
+                f"the model was built for tensors {sorted(self.names)} and constants {self._constants}, but is run "
+                f"with tensors {sorted(tensors)} and constants {constants}; build it again with these arguments"
+            )
+        return tensors
+
+
 class OnnxRunner(Runner):
     """An open onnxruntime session; `run` takes CPU tensors of the types that it was built with."""
 
@@ -181,16 +208,13 @@ class OnnxRunner(Runner):
         self.path = None
         self.parity: Parity | None = None
         self._session = opened
-        self._signature = signature
         self._threads = threads
-        tensors, self._constants = _named_leaves(arguments)
-        self._names = list(tensors)
-        self._feeds = dict(zip(self._names, names or self._names, strict=True))
-        self._plain = all(isinstance(value, Tensor) for value in arguments.values())
+        self._inputs = NamedInputs(signature, arguments)
+        self._feeds = dict(zip(self._inputs.names, names or self._inputs.names, strict=True))
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
-        inputs = self._inputs(args, kwargs)
+        inputs = self._inputs.of(args, kwargs)
         try:
             feeds = {self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
             with _denormals_as_zero():
@@ -203,7 +227,7 @@ class OnnxRunner(Runner):
         """Return a call that runs on these arguments, bound to contiguous inputs and to outputs that are reused."""
         binding = self._session.io_binding()
         try:
-            held = {k: v.detach().cpu().contiguous().numpy() for k, v in self._inputs(args, kwargs).items()}
+            held = {k: v.detach().cpu().contiguous().numpy() for k, v in self._inputs.of(args, kwargs).items()}
             for name, array in held.items():
                 binding.bind_cpu_input(self._feeds[name], array)
             for output in self._session.get_outputs():
@@ -220,23 +244,6 @@ class OnnxRunner(Runner):
                 self._session.run_with_iobinding(binding)
 
         return call
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        # The usual call, nothing but tensors in order, must cost nothing beside the model that is being timed.
-        if (
-            self._plain
-            and not kwargs
-            and len(args) == len(self._names)
-            and all(isinstance(arg, Tensor) for arg in args)
-        ):
-            return dict(zip(self._names, args, strict=True))
-        tensors, constants = _named_leaves(bind_arguments(self._signature, args, kwargs))
-        if tensors.keys() != set(self._names) or constants != self._constants:
-            raise BackendError(
-                f"the model was built for tensors {sorted(self._names)} and constants {self._constants}, but is run "
-                f"with tensors {sorted(tensors)} and constants {constants}; build it again with these arguments"
-            )
-        return tensors
 
     def describe(self) -> dict[str, Any]:
         """Return provider, threads, options, versions and the parity with torch."""

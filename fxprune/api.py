@@ -140,23 +140,20 @@ class Pruned:
 
         return save(self, Path(directory), overwrite)
 
-    def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the module for another runtime, by the ending of the path: `.onnx` (dynamic batch).
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the module for another runtime, by the ending of the path: `.onnx`, or `.engine` for TensorRT.
+
+        Args:
+            options: of an engine. `backend` (tensorrt-rtx, which needs no GPU here, or tensorrt), its options `dtype`
+                and `sparse`, and what `TensorRTBackend.compile_engine` takes: `compute_capability`, `batch`, `shapes`,
+                `timing_cache`, `onnx`. An ONNX file has none; its batch is dynamic where the model's is.
 
         Raises:
-            BackendError: the ending is unknown, the backend is missing, or the export failed.
+            BackendError: the ending or an option is unknown, the backend is missing, or the export failed.
         """
-        from fxprune.backends import BACKENDS
+        from fxprune.export import export
 
-        target = Path(path)
-        endings = {".onnx": "onnxruntime"}
-        if target.suffix not in endings:
-            raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
-        backend = BACKENDS[endings[target.suffix]]
-        backend.build(
-            self.graph_module(), self.args, self.kwargs, threads=1, batch_dynamic=self.batch_dynamic, path=target
-        )
-        return target
+        return export(self, Path(path), options)
 
     def measure(
         self,

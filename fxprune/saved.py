@@ -199,7 +199,7 @@ def read_report(data: dict[str, Any]) -> Any:
     """Return a report from its JSON."""
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
-    from fxprune.report import Attempt, Clocked, Latency, Pair, Refitted, Report
+    from fxprune.report import Attempt, Clocked, EngineSummary, Latency, Pair, Refitted, Report
 
     latency = [
         Latency(
@@ -227,6 +227,10 @@ def read_report(data: dict[str, Any]) -> Any:
             "clocked": clocked,
             "refitted": [Refitted(**r) for r in data.get("refitted", [])],
             "tuned": Refitted(**data["tuned"]) if data.get("tuned") else None,
+            "engines": [
+                EngineSummary(**{**e, "compute_capability": tuple(e["compute_capability"])})
+                for e in data.get("engines", [])
+            ],
         }
     )
 

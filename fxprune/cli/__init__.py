@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fxprune
-from fxprune.cli import bench, compile, explain, lists
+from fxprune.cli import bench, compile, explain, export, lists
 from fxprune.cli.console import INTERNAL, INTERRUPTED
 from fxprune.doctor import first_line
 from fxprune.errors import FxpruneError, RecipeError
@@ -48,6 +48,7 @@ for _command in (
     explain.explain,
     explain.ops,
     bench.bench,
+    export.export,
     lists.criteria,
     lists.backends,
     lists.doctor,
