@@ -100,23 +100,22 @@ def _integer(node: ir.Node, name: str) -> int:
     return node.attributes[name].as_int() if name in node.attributes else 0
 
 
-def fold_biases(model: ir.Model) -> None:
-    """Turn quantised biases into float32 constants, in place.
+def fold_small(model: ir.Model) -> None:
+    """Turn quantised biases and single numbers into float32 constants, in place; weights stay quantised.
 
-    Quantisers store a bias as INT32 in front of a DequantizeLinear, which TensorRT takes for smaller integers alone.
+    Quantisers store a bias as INT32 in front of a DequantizeLinear, which TensorRT takes for smaller integers alone,
+    and it takes no quantised number of no dimensions.
     """
     import onnx_ir as ir
 
     for node in list(model.graph):
         constants = [value.const_value if value is not None else None for value in node.inputs]
-        if node.op_type != "DequantizeLinear" or constants[0] is None or constants[0].dtype != ir.DataType.INT32:
+        if node.op_type != "DequantizeLinear" or any(c is None or len(c.shape) > 1 for c in constants):
             continue
-        scale = constants[1] if len(constants) > 1 else None
-        zero = constants[2] if len(constants) > 2 else None
-        if scale is None or (zero is not None and zero.numpy().any()):
-            continue
-        # One scale for all, or one for each number: a bias has one dimension.
-        numbers = (constants[0].numpy() * scale.numpy()).astype(np.float32)
+        # One scale and zero point for all, or one for each number.
+        quantised, scale, *zero = (c.numpy() for c in constants if c is not None)
+        shifted = quantised.astype(np.int64) - (zero[0].astype(np.int64) if zero else 0)
+        numbers = np.asarray(shifted * scale, dtype=np.float32)
         (old,) = node.outputs
         new = ir.Value(name=f"{old.name}_folded", const_value=ir.Tensor(numbers, name=f"{old.name}_folded"))
         new.dtype, new.shape = ir.DataType.FLOAT, ir.Shape(numbers.shape)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.backends.base import (
     BACKENDS,
@@ -125,21 +125,36 @@ def export(
 
 def _write(flat: nn.Module, tensors: Sequence[Tensor], path: Path, **options: Any) -> None:
     """Write a module of tensors to a file, attention as one operator where onnxruntime then loads it."""
+    if _shows_attention(flat) and _write_fused(flat, path, args=tuple(tensors), **options):
+        return
     program = _export(flat, tuple(tensors), opset_version=OPSET, **options)
     _save(program, path)
     captured = program.exported_program
     if captured is None or not any("scaled_dot_product_attention" in str(n.target) for n in captured.graph.nodes):
         return
+    if not _shows_attention(flat):  # else that has failed already
+        _write_fused(captured, path, **options)
+
+
+def _shows_attention(module: nn.Module) -> bool:
+    """Whether a graph module is in there that has attention, so that one export will do."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    return any("scaled_dot_product_attention" in str(node.target) for graph in graphs for node in graph.nodes)
+
+
+def _write_fused(model: nn.Module | torch.export.ExportedProgram, path: Path, **options: Any) -> bool:
+    """Write a file with attention as one operator; returns whether onnxruntime loads it, else nothing is written."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fused = Path(folder) / path.name
         try:
-            _save(_export(captured, opset_version=ATTENTION_OPSET, **options), fused)
+            _save(_export(model, opset_version=ATTENTION_OPSET, **options), fused)
             session(fused, threads=1)
         except Exception:
             # It stays in pieces: keys that broadcast over heads, operators that onnxruntime lacks in the later set.
-            return
+            return False
         for file in fused.parent.iterdir():
             file.replace(path.parent / file.name)
+    return True
 
 
 def _export(*args: Any, **options: Any) -> torch.onnx.ONNXProgram:

@@ -139,10 +139,9 @@ class TensorRTBackend(Backend):
                 timing_cache=Path(timing_cache) if timing_cache else None,
             )
             built = build(self._module, order, self._ahead_of_time)
-        # Built from an ONNX file as it is, that file will do; else the one that was kept, or one yet to be written.
-        as_it_is = not isinstance(model, nn.Module) and self.options["dtype"] == "float32"
-        named = Path(onnx) if onnx else Path(model) if as_it_is else target.with_suffix(".onnx")
-        engine = self._engine(target, order, built, weights, parity, named)
+        engine = self._engine(
+            target, order, built, weights, parity, Path(onnx) if onnx else target.with_suffix(".onnx")
+        )
         engines.write(engine, built.data)
         return engine
 
@@ -157,7 +156,7 @@ class TensorRTBackend(Backend):
     def _write(self, source: Path, file: Path) -> onnxfile.TwoOfFour:
         """Write the ONNX file that the engine is built from, and return what 2:4 weights it has."""
         model = onnxfile.load(source)
-        onnxfile.fold_biases(model)
+        onnxfile.fold_small(model)
         onnxfile.cast(model, self.options["dtype"])
         onnxfile.save(model, file)
         return onnxfile.two_of_four(model)
