@@ -92,6 +92,7 @@ class Order:
         batch: smallest, best, largest, for inputs with no other open dimension.
         shapes: of inputs with others.
         sparse: look for sparse kernels.
+        exact: multiply float32 as it is, not rounded to the 10-bit mantissas of TF32.
     """
 
     file: Path
@@ -99,6 +100,7 @@ class Order:
     batch: tuple[int, int, int]
     shapes: Mapping[str, Profile]
     sparse: bool
+    exact: bool
     timing_cache: Path | None
 
 

@@ -46,6 +46,9 @@ class EngineRunner(Runner):
         self._context = opened.create_execution_context()
         if self._context is None:
             raise BackendError(f"there is too little GPU memory for '{engine.path}': build it for smaller batches")
+        # An engine has no place for an input that nothing depends on.
+        there = {opened.get_tensor_name(index) for index in range(opened.num_io_tensors)}
+        self._used = [port for port in engine.inputs if port.name in there]
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -102,7 +105,7 @@ class EngineRunner(Runner):
         """Lay inputs and outputs out on the GPU and tell the context where they are."""
         given = self._inputs.of(args, kwargs) if self._inputs is not None else self._by_name(args, kwargs)
         held = []
-        for port in self._engine.inputs:
+        for port in self._used:
             tensor = self._fitting(port, given[port.name])
             if not self._context.set_input_shape(port.name, tuple(tensor.shape)):
                 raise BackendError(self._misfit(port, tensor))

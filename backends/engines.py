@@ -343,7 +343,8 @@ def command(
     profiles: Mapping[str, Profile],
     *,
     sparse: bool,
-    attention: bool,
+    attention: bool = False,
+    exact: bool = False,
     compute_capability: Sequence[str] = (),
     timing_cache: Path | None = None,
 ) -> str:
@@ -352,10 +353,11 @@ def command(
     Args:
         tool: `trtexec` or `tensorrt_rtx`.
         attention: the file has Attention operators, which may be taken apart where no kernel fits them.
+        exact: multiply float32 without rounding it to TF32.
         compute_capability: of the GPUs to build for; none where the tool builds for the GPU at hand.
 
     >>> profiles = {"x": Profile((1, 3), (8, 3), (32, 3))}
-    >>> print(command("trtexec", Path("a.onnx"), Path("a.engine"), profiles, sparse=True, attention=False))
+    >>> print(command("trtexec", Path("a.onnx"), Path("a.engine"), profiles, sparse=True))
     trtexec --onnx=a.onnx --saveEngine=a.engine --minShapes=x:1x3 --optShapes=x:8x3 --maxShapes=x:32x3
       --profilingVerbosity=detailed --skipInference --sparsity=enable
     """
@@ -366,6 +368,7 @@ def command(
             words.append(f"--{option}Shapes={','.join(shapes)}")
     words += ["--profilingVerbosity=detailed", "--skipInference"]
     words += ["--sparsity=enable"] if sparse else []
+    words += ["--noTF32"] if exact else []
     words += ["--decomposableAttentions=*"] if attention else []
     capabilities = ",".join(c.replace(".", "") for c in compute_capability)
     words += [f"--computeCapabilities={capabilities}"] if capabilities else []

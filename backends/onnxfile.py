@@ -70,12 +70,12 @@ def two_of_four(model: ir.Model) -> TwoOfFour:
     """Look for weights of which every 4 neighbours along the input axis hold at least 2 zeros.
 
     Looked at are the constant weights of Conv (input channels) and of MatMul and Gemm (the axis that is summed over),
-    behind a DequantizeLinear too, whose input axis divides by 4.
+    behind a DequantizeLinear too, whose input axis divides by 4 and which are not zero altogether.
     """
     possible: dict[str, bool] = {}
     for node in model.graph.all_nodes():
         found = _weight(node)
-        if found is not None and found[1].shape[found[2]] % _GROUP == 0:
+        if found is not None and found[1].shape[found[2]] % _GROUP == 0 and found[1].any():
             name, weight, axis = found
             groups = np.moveaxis(weight, axis, -1).reshape(-1, _GROUP)
             possible[name] = bool((np.count_nonzero(groups, axis=1) <= _GROUP // 2).all())

@@ -20,6 +20,7 @@ from torch import nn
 from fxprune.backends import engines, onnxfile
 from fxprune.backends.base import (
     BACKENDS,
+    TOLERANCE,
     Backend,
     batch_size,
     bind_arguments,
@@ -35,9 +36,8 @@ from fxprune.backends.engines import Engine, Profile, Shape
 from fxprune.backends.onnxruntime import LIBRARIES, OnnxRunner, export, session
 from fxprune.errors import BackendError
 
-#: The largest relative difference from torch that a model may show, by the type that it computes in. TensorRT
-#: multiplies float32 matrices with the 10-bit mantissas of TF32.
-TOLERANCES = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}
+#: The largest relative difference from torch that a model may show, by the type that it computes in.
+TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 1e-1}
 #: The smallest and the largest batch of an engine, and the one that it is best at where no example says another.
 SMALLEST_BATCH, BEST_BATCH, LARGEST_BATCH = 1, 8, 32
 
@@ -136,6 +136,7 @@ class TensorRTBackend(Backend):
                 batch=_batch(batch),
                 shapes={name: Profile(*map(tuple, given)) for name, given in (shapes or {}).items()},
                 sparse=self.options["sparse"] == "on" or (self.options["sparse"] == "auto" and bool(weights.held)),
+                exact=self.options["dtype"] == "float32",
                 timing_cache=Path(timing_cache) if timing_cache else None,
             )
             built = build(self._module, order, self._ahead_of_time)
@@ -191,6 +192,7 @@ class TensorRTBackend(Backend):
                 path,
                 built.profiles,
                 sparse=order.sparse,
+                exact=order.exact,
                 attention=built.attention,
                 compute_capability=built.compute_capability if self._ahead_of_time else (),
                 timing_cache=order.timing_cache,

@@ -471,7 +471,10 @@ def context(monkeypatch: pytest.MonkeyPatch) -> FakeContext:
 
 
 def opened(context: FakeContext, *rest: Any) -> EngineRunner:
-    engine = SimpleNamespace(create_execution_context=lambda: context)
+    names = ["x", "y"]
+    engine = SimpleNamespace(
+        create_execution_context=lambda: context, num_io_tensors=2, get_tensor_name=lambda index: names[index]
+    )
     return EngineRunner("tensorrt", engine, FAKE, 1, *rest, device="cpu")
 
 
@@ -489,6 +492,25 @@ def test_a_runner_gives_addresses_and_waits(context: FakeContext) -> None:
     assert runner._stream.waited == before + 2
     told = json.loads(json.dumps(runner.describe()))
     assert (told["provider"], told["versions"]["tensorrt"], told["parity"]) == ("a GPU", "11.4", None)
+
+
+def test_times_on_the_gpu_are_those_between_two_events(context: FakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.place = -1
+
+        def record(self, stream: FakeStream) -> None:
+            recorded.append(self)
+            self.place = len(recorded)
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.place - self.place)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert opened(context).milliseconds(3, torch.ones(2, 3)) == [1.0, 1.0, 1.0]
+    assert len(recorded) == 6
 
 
 def test_a_runner_of_a_module_takes_the_modules_arguments(context: FakeContext) -> None:
