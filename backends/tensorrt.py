@@ -134,7 +134,7 @@ class TensorRTBackend(Backend):
                 file=file,
                 wanted=_listed(compute_capability),
                 batch=_batch(batch),
-                shapes={name: Profile(*map(tuple, given)) for name, given in (shapes or {}).items()},
+                shapes={name: _profile(name, given) for name, given in (shapes or {}).items()},
                 sparse=self.options["sparse"] == "on" or (self.options["sparse"] == "auto" and bool(weights.held)),
                 exact=self.options["dtype"] == "float32",
                 timing_cache=Path(timing_cache) if timing_cache else None,
@@ -329,6 +329,18 @@ def _batch(given: Batch | None) -> tuple[int, int, int]:
     if not 1 <= smallest <= best <= largest:
         raise BackendError(f"batch is one size, or (smallest, best, largest) of 1 or more in order, not {given}")
     return smallest, best, largest
+
+
+def _profile(name: str, given: Sequence[Shape]) -> Profile:
+    """Return the three shapes of an input by name.
+
+    >>> _profile("x", [(1, 3), (8, 3), (32, 3)])
+    Profile(smallest=(1, 3), best=(8, 3), largest=(32, 3))
+    """
+    if len(given) != 3:
+        raise BackendError(f"shapes of input '{name}' are three, (smallest, best, largest), not {len(given)}")
+    smallest, best, largest = (tuple(shape) for shape in given)
+    return Profile(smallest, best, largest)
 
 
 for _backend in (

@@ -121,6 +121,8 @@ def test_profiles(file: Path, tmp_path: Path) -> None:
         profile(shapes={"image": [(1, 3, 8, 9)] * 3})
     with pytest.raises(BackendError, match="shapes are given for 'picture', but the inputs are image"):
         profile(shapes={"picture": shapes})
+    with pytest.raises(BackendError, match="shapes of input 'image' are three"):
+        profile(shapes={"image": shapes[:2]})
 
 
 @builds
