@@ -3,7 +3,7 @@
 Importing this package registers the backends; no backend's library is imported before its first use.
 """
 
-from fxprune.backends import aot, onnxruntime, torch
+from fxprune.backends import aot, onnxruntime, tensorrt, torch
 from fxprune.backends.base import BACKENDS, Backend, Runner, chosen
 
-__all__ = ["BACKENDS", "Backend", "Runner", "aot", "chosen", "onnxruntime", "torch"]
+__all__ = ["BACKENDS", "Backend", "Runner", "aot", "chosen", "onnxruntime", "tensorrt", "torch"]

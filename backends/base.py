@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -72,7 +72,7 @@ class Backend(abc.ABC):
         said = [f"{k}={v}" for k, v in self.options.items() if v != self.OPTIONS[k][0]]
         return f"{self.name}({', '.join(said)})" if said else self.name
 
-    def configured(self, **options: Any) -> Backend:
+    def configured(self, **options: Any) -> Self:
         """Return this backend with options set.
 
         Raises BackendError where it has no such option, or the option no such value.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.backends.base import bind_arguments, call_arguments, forward_signature, inference_copy, tensors_of
 from fxprune.backends.dynamic import named_leaves, places, resized, sizes, sizes_to_trace
@@ -142,6 +142,9 @@ def export_parts(parts: Sequence[tuple[nn.Module, Sequence[Tensor]]], path: Path
 
 def _write(flat: nn.Module, tensors: Sequence[Tensor], path: Path, settings: FileSettings, **options: Any) -> Written:
     """Write a module of tensors to a file, attention as one operator where onnxruntime then opens it."""
+    first = settings.fusion == "graph" and _shows_attention(flat)  # then one export will do
+    if first and _write_fused(flat, tensors, path, settings, args=tuple(tensors), **options):
+        return Written(path, ATTENTION_OPSET)
     program = _export(flat, tuple(tensors), opset_version=OPSET, **options)
     captured = program.exported_program
     if settings.fusion == "transformer":
@@ -153,22 +156,43 @@ def _write(flat: nn.Module, tensors: Sequence[Tensor], path: Path, settings: Fil
         save(_prepared(program.model, settings), path)
         return Written(path, OPSET, fuse(path))
     save(_prepared(program.model, settings), path)
-    if captured is None or not any("scaled_dot_product_attention" in str(n.target) for n in captured.graph.nodes):
-        return Written(path, OPSET)
+    attends = captured is not None and _attends(captured.graph)
+    if attends and not first and _write_fused(captured, tensors, path, settings, **options):
+        return Written(path, ATTENTION_OPSET)
+    return Written(path, OPSET)
+
+
+def _attends(graph: fx.Graph) -> bool:
+    return any("scaled_dot_product_attention" in str(node.target) for node in graph.nodes)
+
+
+def _shows_attention(module: nn.Module) -> bool:
+    """Whether a graph module with attention is in there, so that this is known before any export."""
+    return any(isinstance(part, fx.GraphModule) and _attends(part.graph) for part in module.modules())
+
+
+def _write_fused(
+    model: nn.Module | torch.export.ExportedProgram | None,
+    tensors: Sequence[Tensor],
+    path: Path,
+    settings: FileSettings,
+    **options: Any,
+) -> bool:
+    """Write a file with attention as one operator; returns whether onnxruntime runs it, else nothing is written."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fused = Path(folder) / path.name
         try:
-            model = _export(captured, opset_version=ATTENTION_OPSET, **options).model
-            _expand_masks(model)
-            save(_prepared(model, settings), fused)
+            exported = _export(model, opset_version=ATTENTION_OPSET, **options).model
+            _expand_masks(exported)
+            save(_prepared(exported, settings), fused)
             opened = session(fused, SessionSettings(provider=settings.provider, silent=True))
             opened.run(None, {i.name: t.cpu().numpy() for i, t in zip(opened.get_inputs(), tensors, strict=True)})
         except Exception:
             # It stays in pieces: keys that broadcast over heads, operators that onnxruntime lacks in the later set.
-            return Written(path, OPSET)
+            return False
         for file in fused.parent.iterdir():
             file.replace(path.parent / file.name)
-    return Written(path, ATTENTION_OPSET)
+    return True
 
 
 def _export(*args: Any, **options: Any) -> torch.onnx.ONNXProgram:

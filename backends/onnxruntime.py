@@ -30,7 +30,8 @@ from fxprune.backends.base import (
     check_parity,
     forward_signature,
 )
-from fxprune.backends.dynamic import named_leaves, other_sizes, resized, sizes, split
+from fxprune.backends.dynamic import other_sizes, resized, sizes
+from fxprune.backends.named_inputs import NamedInputs
 from fxprune.backends.onnx_export import FileSettings, Written, export, export_parts
 from fxprune.backends.onnx_profile import Profile, profile
 from fxprune.backends.onnx_session import PROVIDERS, SessionSettings, denormals_as_zero, missing_provider, session
@@ -49,7 +50,7 @@ OPTIMIZED = ".optimized.onnx"
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class OnnxBuilt:
     """What a runner says about itself beside its session: how the file was written and opened."""
 
     settings: SessionSettings
@@ -66,23 +67,20 @@ class OnnxRunner(Runner):
         signature: inspect.Signature,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        built: Built,
+        built: OnnxBuilt,
         names: Sequence[str] | None = None,
     ) -> None:
         """`names` are those of the session's inputs, where they are not those of the arguments."""
         self.path = None
         self.parity: Parity | None = None
         self._session = opened
-        self._signature = signature
         self._built = built
-        tensors, self._constants = split(named_leaves(signature, args, kwargs))
-        self._names = list(tensors)
-        self._feeds = dict(zip(self._names, names or self._names, strict=True))
-        self._plain = all(isinstance(value, Tensor) for value in args) and not kwargs
+        self._inputs = NamedInputs(signature, args, kwargs)
+        self._feeds = dict(zip(self._inputs.names, names or self._inputs.names, strict=True))
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
-        inputs = self._inputs(args, kwargs)
+        inputs = self._inputs.of(args, kwargs)
         try:
             feeds = {self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
             with denormals_as_zero():
@@ -98,7 +96,7 @@ class OnnxRunner(Runner):
         device = "cpu" if self._built.settings.provider == "cpu" else "cuda"
         binding = self._session.io_binding()
         try:
-            arrays = {k: v.detach().cpu().contiguous().numpy() for k, v in self._inputs(args, kwargs).items()}
+            arrays = {k: v.detach().cpu().contiguous().numpy() for k, v in self._inputs.of(args, kwargs).items()}
             held = {k: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for k, array in arrays.items()}
             for name, value in held.items():
                 binding.bind_ortvalue_input(self._feeds[name], value)
@@ -129,28 +127,11 @@ class OnnxRunner(Runner):
             BackendError: onnxruntime rejects the arguments, `runs` is below 1, or the runner was built as a part.
         """
         feeds = {
-            self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in self._inputs(args, kwargs).items()
+            self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in self._inputs.of(args, kwargs).items()
         }
         if self._built.written is None:
             raise BackendError("a runner that was built as one of several parts has no file to profile; build it alone")
         return profile(self._built.written.path, feeds, self._built.settings, runs)
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        # The usual call, nothing but tensors in order, must cost nothing beside the model that is being timed.
-        if (
-            self._plain
-            and not kwargs
-            and len(args) == len(self._names)
-            and all(isinstance(arg, Tensor) for arg in args)
-        ):
-            return dict(zip(self._names, args, strict=True))
-        tensors, constants = split(named_leaves(self._signature, *_canonical(self._signature, args, kwargs)))
-        if tensors.keys() != set(self._names) or constants != self._constants:
-            raise BackendError(
-                f"the model was built for tensors {sorted(self._names)} and constants {self._constants}, but is run "
-                f"with tensors {sorted(tensors)} and constants {constants}; build it again with these arguments"
-            )
-        return tensors
 
     def describe(self) -> dict[str, Any]:
         """Return provider, threads, options, what is in the file, versions and the parity with torch."""
@@ -232,7 +213,7 @@ class OnnxRuntimeBackend(Backend):
             how = FileSettings(self.options["dtype"], self.options["fusion"], provider)
             written = export(module, args, kwargs, file, dynamic, how)
             opened = self._open(file, SessionSettings(threads, provider, optimized))
-            built = Built(SessionSettings(threads, provider), self.options, written)
+            built = OnnxBuilt(SessionSettings(threads, provider), self.options, written)
             runner = OnnxRunner(opened, signature, args, kwargs, built)
             runner.parity = self._check(runner, module, args, kwargs, dynamic)
         except BaseException:
@@ -278,7 +259,7 @@ class OnnxRuntimeBackend(Backend):
                 onnx.save(extractor.extract_model(into, out), file)
                 opened = session(file, settings)
             signature = forward_signature(module)
-            runner = OnnxRunner(opened, signature, tuple(own), {}, Built(settings, self.options), into)
+            runner = OnnxRunner(opened, signature, tuple(own), {}, OnnxBuilt(settings, self.options), into)
             check_parity(self.name, module, bind_arguments(signature, tuple(own), {}), runner.run(*own))
             built.append(runner)
         return built

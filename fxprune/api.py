@@ -181,25 +181,22 @@ class Pruned:
         return save(self, Path(directory), overwrite)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the module for another runtime, by the ending of the path, and check it: `.onnx`, `.pt2` (compiled).
+        """Write the module for another runtime, by the ending of the path, and check it against torch.
 
-        What was dynamic when the model was captured (`plan.dynamic`: the batch, the sequence where asked) stays so.
+        `.onnx` for onnxruntime and others, `.engine` for TensorRT, `.pt2` compiled by torch. What was dynamic when the
+        model was captured (`plan.dynamic`: the batch, the sequence where asked) stays so.
 
         Args:
-            options: those of the backend, `dtype="float16"`: see `fxprune.backends`.
+            options: those of the backend, `dtype="float16"`. For an engine also `backend` (tensorrt-rtx, which needs no
+                GPU here, or tensorrt), and what `TensorRTBackend.compile_engine` takes: `compute_capability`, `batch`,
+                `shapes`, `timing_cache`, `onnx`.
 
         Raises:
             BackendError: the ending, an option or its value is unknown, the backend is missing, or the export failed.
         """
-        from fxprune.backends import BACKENDS
+        from fxprune.export import export
 
-        target = Path(path)
-        endings = {".onnx": "onnxruntime", ".pt2": "torch-aot"}
-        if target.suffix not in endings:
-            raise BackendError(f"'{target}' ends in '{target.suffix}'; known endings: {', '.join(endings)}")
-        backend = BACKENDS[endings[target.suffix]].configured(**options)
-        backend.build(self.graph_module(), self.args, self.kwargs, threads=1, dynamic=self.plan.dynamic, path=target)
-        return target
+        return export(self, Path(path), options)
 
     def measure(
         self,

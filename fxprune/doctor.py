@@ -30,6 +30,7 @@ PACKAGES = {
     "onnx": "backend onnxruntime",
     "onnxscript": "backend onnxruntime",
     "onnxruntime": "backend onnxruntime",
+    "onnx_ir": "backends tensorrt and tensorrt-rtx",
     "tensorrt": "backend tensorrt",
     "tensorrt-rtx": "backend tensorrt-rtx",
     "matplotlib": "plots",

@@ -163,6 +163,34 @@ class Step:
         return "; ".join(said)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSummary:
+    """An engine that was built of the pruned model: what for, how large (bytes), and what came of 2:4 sparsity.
+
+    Attributes:
+        parity: the largest relative difference from torch; None where it could not be told.
+    """
+
+    path: str
+    library: str
+    version: str
+    compute_capability: tuple[str, ...]
+    dtype: str
+    size: int
+    layers: int
+    sparsity: str
+    parity: float | None
+
+    def line(self) -> str:
+        """Return all of it in a sentence."""
+        target = ", ".join(self.compute_capability) or "8.6 and later"
+        parity = "" if self.parity is None else f", within {self.parity:.1e} of torch"
+        return (
+            f"engine {self.path}: {self.library} {self.version} for compute capability {target}, {self.dtype}{parity}, "
+            f"{self.size / 1e6:.1f} MB, {self.layers} layers; {self.sparsity}"
+        )
+
+
 @dataclass(slots=True)
 class Report:
     """The result of one `compile`.
@@ -184,6 +212,7 @@ class Report:
         samples: of calibration.
         random: calibration was on random numbers.
         notes: what the user should know.
+        engines: filled by `Pruned.export`.
     """
 
     model: str
@@ -206,6 +235,7 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     sparse: list[Sparse] = field(default_factory=list)
     unfit: dict[str, str] = field(default_factory=dict)
+    engines: list[EngineSummary] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -310,5 +340,6 @@ class Report:
         lines += [step.line() for step in self.steps]
         lines += self._patterned()
         lines += self._blocked()
+        lines += [engine.line() for engine in self.engines]
         lines += [f"note: {note}" for note in self.notes]
         return lines

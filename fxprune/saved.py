@@ -198,7 +198,7 @@ def read_report(data: dict[str, Any]) -> Any:
     """Return a report from its JSON."""
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
-    from fxprune.report import Attempt, Clocked, Latency, Pair, Refitted, Report, Sparse
+    from fxprune.report import Attempt, Clocked, EngineSummary, Latency, Pair, Refitted, Report, Sparse
 
     latency = [
         Latency(
@@ -228,6 +228,10 @@ def read_report(data: dict[str, Any]) -> Any:
             "tuned": Refitted(**data["tuned"]) if data.get("tuned") else None,
             "steps": [_read_step(s) for s in data.get("steps", [])],
             "sparse": [Sparse(**{**s, "shape": tuple(s["shape"])}) for s in data.get("sparse", [])],
+            "engines": [
+                EngineSummary(**{**e, "compute_capability": tuple(e["compute_capability"])})
+                for e in data.get("engines", [])
+            ],
         }
     )
 

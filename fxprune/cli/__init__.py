@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fxprune
-from fxprune.cli import bench, compile, explain, lists, profile
+from fxprune.cli import bench, compile, explain, export, lists, profile
 from fxprune.cli.console import INTERNAL, INTERRUPTED
 from fxprune.doctor import first_line
 from fxprune.errors import FxpruneError, RecipeError
@@ -49,6 +49,7 @@ for _command in (
     explain.ops,
     bench.bench,
     profile.profile,
+    export.export,
     lists.criteria,
     lists.backends,
     lists.doctor,
