@@ -133,12 +133,13 @@ def test_a_batch_of_one_stays_dynamic(backend: Backend) -> None:
 
 
 def test_threads_are_put_back(runner: Any) -> None:
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(3)
         runner.run(*arguments(2), scale=2.0)
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
 
 
 def test_preferred_multiple_is_a_power_of_two(backend: Backend) -> None:

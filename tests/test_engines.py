@@ -518,7 +518,7 @@ def test_times_on_the_gpu_are_those_between_two_events(context: FakeContext, mon
 def test_a_runner_of_a_module_takes_the_modules_arguments(context: FakeContext) -> None:
     import inspect
 
-    runner = opened(context, inspect.signature(Double().forward), {"x": torch.ones(2, 3), "factor": 2})
+    runner = opened(context, inspect.signature(Double().forward), ((torch.ones(2, 3),), {"factor": 2}))
     torch.testing.assert_close(runner.run(torch.ones(1, 3), factor=2)[0], torch.full((1, 3), 2.0))
     with pytest.raises(BackendError, match="build it again with these arguments"):
         runner.run(torch.ones(1, 3), factor=3)
@@ -602,7 +602,7 @@ def test_export_writes_an_engine_and_reports_it(pruned: Pruned, tmp_path: Path) 
 
 
 def test_export_refuses_what_it_does_not_know(pruned: Pruned, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"ends in '.plan'; known endings: .onnx, .engine"):
+    with pytest.raises(BackendError, match=r"ends in '.plan'; known endings: .onnx, .pt2, .engine"):
         pruned.export(tmp_path / "a.plan")
     with pytest.raises(BackendError, match=r"'.onnx' has no option 'dtype'. Known: none"):
         pruned.export(tmp_path / "a.onnx", dtype="float16")

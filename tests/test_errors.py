@@ -311,12 +311,12 @@ def test_backend_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert type(error) is BackendError
     assert str(error) == (
         "no backend is called 'onnxruntim'; did you mean 'onnxruntime'? "
-        "Known: onnxruntime, torch, torch-aot, torch-compile"
+        "Known: onnxruntime, tensorrt, tensorrt-rtx, torch, torch-aot, torch-compile"
     )
     pruned = fxprune.compile(net(), X, target={"macs": 0.5}, proof="quick")
     with pytest.raises(BackendError) as caught:
         pruned.export(tmp_path / "model.trt")
-    assert str(caught.value) == f"'{tmp_path / 'model.trt'}' ends in '.trt'; known endings: .onnx, .pt2"
+    assert str(caught.value) == f"'{tmp_path / 'model.trt'}' ends in '.trt'; known endings: .onnx, .pt2, .engine"
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
