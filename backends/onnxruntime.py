@@ -80,9 +80,8 @@ class OnnxRunner(Runner):
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
-        inputs = self._inputs.of(args, kwargs)
+        feeds = self.feeds(*args, **kwargs)
         try:
-            feeds = {self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
             with denormals_as_zero():
                 outputs = self._session.run(None, feeds)
         except Exception as error:  # onnxruntime has a dozen unrelated exception classes
@@ -117,6 +116,11 @@ class OnnxRunner(Runner):
 
         return call
 
+    def feeds(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments as numpy arrays by the names of the file's inputs; raises BackendError as `run` does."""
+        inputs = self._inputs.of(args, kwargs)
+        return {self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+
     def profile(self, *args: Any, runs: int = 50, **kwargs: Any) -> Profile:
         """Return what each node of the optimised graph takes on these arguments, in a session of its own.
 
@@ -126,9 +130,7 @@ class OnnxRunner(Runner):
         Raises:
             BackendError: onnxruntime rejects the arguments, `runs` is below 1, or the runner was built as a part.
         """
-        feeds = {
-            self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in self._inputs.of(args, kwargs).items()
-        }
+        feeds = self.feeds(*args, **kwargs)
         if self._built.written is None:
             raise BackendError("a runner that was built as one of several parts has no file to profile; build it alone")
         return profile(self._built.written.path, feeds, self._built.settings, runs)
@@ -225,6 +227,18 @@ class OnnxRuntimeBackend(Backend):
             weakref.finalize(runner, shutil.rmtree, file.parent, ignore_errors=True)
         runner.path = path
         return runner
+
+    def opened(
+        self, file: Path, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: int
+    ) -> OnnxRunner:
+        """Open a file that another tool made of the one that `build` wrote, to be called as `module` is.
+
+        What it computes is not compared with the module. Raises BackendError where onnxruntime cannot open it.
+        """
+        signature, settings = forward_signature(module), SessionSettings(threads, self.options["provider"])
+        given = _canonical(signature, tuple(args), kwargs)
+        built = OnnxBuilt(settings, self.options, Written(file, 0))
+        return OnnxRunner(self._open(file, settings), signature, *given, built)
 
     def _open(self, file: Path, settings: SessionSettings) -> InferenceSession:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import steps
+from fxprune import quantization, steps
 from fxprune.admit import Admitted, admit
 from fxprune.analyse import Analysis, analyse
 from fxprune.capture import capture, example
@@ -31,8 +31,9 @@ from fxprune.kept import Kept
 from fxprune.measure import measure
 from fxprune.plan import Plan
 from fxprune.prove import prove
+from fxprune.quantization import Quantized
 from fxprune.recipe import Recipe, read_recipe
-from fxprune.report import CLOCK_TOLERANCE, Clocked, Latency, Pair, Refitted, Report
+from fxprune.report import CLOCK_TOLERANCE, Clocked, Latency, Pair, Refitted, Report, Step
 from fxprune.rewrite import Rewritten, rewrite
 from fxprune.writeback import Written, copy_weights, module_like
 from fxprune.writeback.config import configured, express
@@ -50,6 +51,8 @@ class Pruned:
         plan: what was kept.
         report: parameters, MACs, proof and, after `measure`, latency: dense and pruned.
         args, kwargs: the example inputs.
+        dense: the model that was compiled.
+        quantized: the ONNX file in 8 bits, where the recipe asked for one and it was taken; `export` writes it.
     """
 
     module: nn.Module
@@ -59,6 +62,7 @@ class Pruned:
     kwargs: dict[str, Any]
     dense: nn.Module | None = field(default=None, repr=False)
     written: Written | None = field(default=None, repr=False)
+    quantized: Quantized | None = field(default=None, repr=False)
     _graph: fx.GraphModule | None = field(default=None, repr=False)
 
     def graph_module(self) -> fx.GraphModule:
@@ -367,6 +371,7 @@ def _settings(
     criterion, _ = functions(settings, data)
     reconstruct.settings(settings, data)
     sparsity = sparsify.settings(settings, data)
+    int8 = quantization.settings(settings, data)
     target = settings.target
     if criterion.needs and not data and not target.dead and plan is None:
         raise InputError(
@@ -377,8 +382,8 @@ def _settings(
         raise RecipeError("a plan says already what stays: a metric can no longer change it")
     if plan is None and target.max_drop is not None and metric is None:
         raise RecipeError("target max_drop takes `metric`, a function from a model to a number")
-    if metric is not None and target.max_drop is None and sparsity is None:
-        raise RecipeError("`metric` goes with a target max_drop, or with a sparsity, and there is neither")
+    if metric is not None and target.max_drop is None and sparsity is None and int8 is None:
+        raise RecipeError("`metric` goes with a target max_drop, a sparsity or a quantization, and there is none")
     if settings.keep_class and (target.clocked or target.max_drop is not None):
         raise RecipeError("keep_class goes with the targets macs and params; the others are met without it")
     backend = chosen(settings.backend)
@@ -569,6 +574,12 @@ def _compile(
                 more = [f"{emptied.units} units were empty and are removed: the same within {emptied.proof.error:.1e}"]
                 plan = _plan(analysis, chosen.groups, kept, chosen.costs, settings, chosen.plan, emptied.biases)
                 plan.masks, plan.basis = emptied.masks, chosen.plan.basis
+    int8, file = quantization.settings(settings, chosen.data is not None), None
+    shrunk: Step | None = None
+    if int8 is not None:
+        with clock.stage("quantize"):
+            work = _work(args, keywords, settings, chosen, rewritten, metric)
+            shrunk, file = quantization.quantize(work, int8)
     if settings.keep_class and (refitted or done is not None):
         written = module_like(model, analysis, kept, rewritten.module, settings.seed)
     report = _report(model, analysis, chosen.costs, kept, plan, proof, clock.seconds, chosen.multiple, settings)
@@ -578,6 +589,8 @@ def _compile(
     report.notes += more
     if done is not None:
         report.steps, report.sparse, report.unfit = [done.step], done.rows, done.unfit
+    if shrunk is not None:
+        report.steps.append(shrunk)
     if chosen.clocked is not None and not chosen.clocked.met(CLOCK_TOLERANCE):
         report.notes.append("the target on the clock was missed")
     return Pruned(
@@ -588,6 +601,7 @@ def _compile(
         kwargs=keywords,
         dense=model,
         written=written,
+        quantized=file,
         _graph=rewritten.module if written else None,
     )
 

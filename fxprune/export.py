@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import BackendError
+from fxprune.measure import batch_of
 from fxprune.registry import nearest
 from fxprune.report import EngineSummary
 
@@ -23,6 +25,10 @@ def export(pruned: Pruned, path: Path, options: Mapping[str, Any]) -> Path:
     """Write a pruned model; see `Pruned.export`."""
     from fxprune.backends import BACKENDS
 
+    if path.suffix == ".onnx" and pruned.quantized is not None and not options:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pruned.quantized.of(pruned.graph_module()))
+        return path
     if path.suffix == ".engine":
         _engine(pruned, path, dict(options))
         return path
@@ -60,9 +66,16 @@ def _engine(pruned: Pruned, path: Path, options: dict[str, Any]) -> None:
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in mine]
     _refuse_unknown(".engine", options, ["backend", *backend.OPTIONS, *own])
     configured = backend.configured(**{name: options.pop(name) for name in backend.OPTIONS if name in options})
-    built = configured.compile_engine(
-        pruned.graph_module(), pruned.args, pruned.kwargs, path=path, dynamic=pruned.plan.dynamic, **options
-    )
+    if pruned.quantized is not None and pruned.quantized.symmetric:
+        options.setdefault("batch", batch_of(pruned.args, pruned.kwargs))
+        with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
+            file = Path(folder) / "int8.onnx"
+            file.write_bytes(pruned.quantized.of(pruned.graph_module()))
+            built = configured.compile_engine(file, path=path, **options)
+    else:
+        built = configured.compile_engine(
+            pruned.graph_module(), pruned.args, pruned.kwargs, path=path, dynamic=pruned.plan.dynamic, **options
+        )
     summary = EngineSummary(
         path=str(path),
         library=built.library,

@@ -57,7 +57,7 @@ def measure(
     return Latency(
         backend=runs_on.key,
         threads=count,
-        batch=_batch(args, kwargs),
+        batch=batch_of(args, kwargs),
         milliseconds=Pair(before.median * 1e3, after.median * 1e3),
         iqr=Pair(spread[0] * 1e3, spread[1] * 1e3),
         speedup=speedup.median,
@@ -66,6 +66,7 @@ def measure(
     )
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return dimension 0 of the first tensor among the arguments, 1 where there is none."""
     first = next((v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.dim()), None)
     return int(first.shape[0]) if first is not None else 1

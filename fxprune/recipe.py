@@ -120,6 +120,9 @@ class Recipe(BaseModel):
         sparsity: zeros inside what stays: "2:4" or any n:m along the inputs, "32x32" or any blocks, "unstructured", or
             {"pattern": ..., "density": share that stays, "method": ..., "refit": ..., "permute": ..., "when": "faster",
             "max_drop": ...}: see `fxprune.passes.patterns`. With it alone, no target is needed.
+        quantization: "int8", an ONNX file in 8 bits behind it all, taken where it is measured to be faster, or
+            {"dtype": "int8", "when": "always", "max_drop": ..., ...}: see `fxprune.quantization`. With it alone, no
+            target is needed.
         basis: "auto" (principal with calibration data), "principal" (attention's queries, keys and values are turned
             into principal components first, `fxprune.passes.basis`) or "none".
         max_memory: bytes that calibration statistics may take at a time.
@@ -143,6 +146,7 @@ class Recipe(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     reconstruction: str | dict[str, Any] = "auto"
     sparsity: str | dict[str, Any] | None = None
+    quantization: str | dict[str, Any] | None = None
     basis: Literal["auto", "principal", "none"] = "auto"
     max_memory: float = Field(default=2 * 2**30, gt=0)
     keep_class: bool = False
@@ -208,7 +212,7 @@ def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, *
     if not isinstance(data, Mapping):
         raise RecipeError(f"a recipe is a mapping of keys to values, not {type(data).__name__}")
     data = {**data, **{k: v for k, v in overrides.items() if v is not None}}
-    if "target" not in data and data.get("sparsity") is not None:
+    if "target" not in data and (data.get("sparsity") or data.get("quantization")):
         data["target"] = {"params": 1.0}
     if "target" not in data:
         raise RecipeError('the recipe has no target; say for example {"target": {"macs": 0.5}}')

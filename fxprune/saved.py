@@ -31,7 +31,7 @@ from fxprune.rewrite import rewrite
 if TYPE_CHECKING:
     from fxprune.api import Pruned
 
-WEIGHTS, GRAPH, PLAN = "weights.safetensors", "graph.json", "plan.json"
+WEIGHTS, GRAPH, PLAN, INT8 = "weights.safetensors", "graph.json", "plan.json", "int8.onnx"
 FORMAT = 1
 
 
@@ -85,15 +85,24 @@ def _write(pruned: Pruned, folder: Path) -> None:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS)
     (folder / GRAPH).write_text(json.dumps(graphfile.write(module)))
+    files = [WEIGHTS, GRAPH]
+    kept = pruned.quantized
+    if kept is not None and not kept.fresh(module):
+        pruned.report.notes.append("the file in 8 bits was not saved: the weights have changed since it was made")
+        kept = None
+    if kept is not None:
+        (folder / INT8).write_bytes(kept.file)
+        files.append(INT8)
     leaves, spec = pytree.tree_flatten((pruned.args, pruned.kwargs))
     plan = {
         "format": FORMAT,
         "plan": json.loads(pruned.plan.to_json()),
         "report": pruned.report.to_json(),
         "aliases": aliases,
+        "int8": {"symmetric": kept.symmetric, "weights": kept.weights} if kept is not None else None,
         "trainable": trainable,
         "inputs": {"spec": json.loads(pytree.treespec_dumps(spec)), "leaves": [_describe(leaf) for leaf in leaves]},
-        "sha256": {name: _checksum(folder / name) for name in (WEIGHTS, GRAPH)},
+        "sha256": {name: _checksum(folder / name) for name in files},
     }
     (folder / PLAN).write_text(json.dumps(plan, indent=1))
 
@@ -135,6 +144,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> f
 def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Pruned:
     """Return a saved model with its plan and report; see `load`."""
     from fxprune.api import Pruned
+    from fxprune.quantization import Quantized
 
     folder = Path(directory)
     data = _read_json(folder, PLAN)
@@ -168,7 +178,8 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
         report = read_report(data["report"])
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise SavedModelError(f"'{folder}' cannot be read: {type(error).__name__}: {error}") from error
-    return Pruned(module, plan, report, args, kwargs, model)
+    quantized = Quantized(file=(folder / INT8).read_bytes(), **data["int8"]) if data.get("int8") else None
+    return Pruned(module, plan, report, args, kwargs, model, quantized=quantized)
 
 
 def _replay(

@@ -146,9 +146,9 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
         )
     errors.append(work.own_error())
     metrics.append(work.measured())
-    step = _judged(work, Step(name, True, _pair(errors), _pair(metrics)), wanted.max_drop)
+    step = judged(Step(name, True, _pair(errors), _pair(metrics)), wanted.max_drop)
     if before is not None:
-        step = _faster(step, lambda: work.speedup(before, work.module))
+        step = faster(step, lambda: work.speedup(before, work.module))
     if not step.taken:
         _restore(work.module, before)
         return Patterned(step, unfit=unfit)
@@ -160,8 +160,8 @@ def _pair(values: Sequence[float | None]) -> tuple[float, float] | None:
     return None if first is None or second is None else (first, second)
 
 
-def _judged(work: Work, step: Step, limit: float | None) -> Step:
-    """The step, unless it costs more than is allowed: of the metric where there is one, else of the outputs.
+def judged(step: Step, limit: float | None) -> Step:
+    """Return the step, unless it costs more than is allowed: of the metric where there is one, else of the outputs.
 
     Raises:
         TargetError: it does.
@@ -178,8 +178,8 @@ def _judged(work: Work, step: Step, limit: float | None) -> Step:
     return step
 
 
-def _faster(step: Step, timed: Callable[[], tuple[float, float, float]]) -> Step:
-    """The step with its measured speed-up, not taken where that is not surely above 1."""
+def faster(step: Step, timed: Callable[[], tuple[float, float, float]]) -> Step:
+    """Return the step with its measured speed-up, not taken where that is not surely above 1."""
     try:
         speedup = timed()
     except BackendError as error:

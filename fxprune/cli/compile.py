@@ -95,6 +95,9 @@ def compile(
         str | None,
         typer.Option(metavar="PATTERN", help="Zeros in what stays: 2:4 or any n:m, 32x32 or any blocks, unstructured."),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="int8: an ONNX file in 8 bits, too, if that is faster.")
+    ] = None,
     keep_class: Annotated[
         bool, typer.Option("--keep-class", help="Cut only what the model's own class can express.")
     ] = False,
@@ -152,6 +155,7 @@ def compile(
         "floor": floor,
         "backend": backend,
         "sparsity": sparsity,
+        "quantization": quantization,
         "threads": threads,
         "reconstruction": reconstruction,
         "max_memory": max_memory,
