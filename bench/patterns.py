@@ -1,8 +1,8 @@
-"""`python -m bench.patterns [TASK ...]`: what 2:4 loses, by each way to choose its masks, and what orders of channels win.
+"""`python -m bench.patterns [TASK ...]`: what 2:4 loses by each way to choose masks, and what orders of channels win.
 
-Three tables. Orders: on random matrices, how much of the gap between plain 2:4 and unstructured 50 % the best order that
-is found closes, and in what time. Layers: for every layer of a task's model, the error of its results on calibration
-data by each method, as it is published and refitted. Models: what is left of the task's score.
+Three tables. Orders: on random matrices, how much of the gap between plain 2:4 and unstructured 50 % the best order
+found closes, and in what time. Layers: for every layer of a task's model, the error of its results on calibration data
+by each method, as it is published and refitted. Models: what is left of the task's score.
 """
 
 from __future__ import annotations
