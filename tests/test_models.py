@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 import fxprune
 from bench.models import MODELS, Inputs, ReferenceModel
+from fxprune.analyse import analyse
 from fxprune.backends.base import TOLERANCE
+from fxprune.capture import capture
+from fxprune.groups import find_groups
+from fxprune.kept import Kept
+from fxprune.prove import prove
+from fxprune.rewrite import rewrite
 
 #: The small models that Dynamo, which is slow, is tried on.
 DYNAMO = ("vit", "mobilenetv3_small_050")
@@ -288,3 +294,16 @@ def test_at_full_size(name: str) -> None:
     report = fxprune.compile(reference.make(full=True), inputs, target={"macs": 0.5}, proof="quick").report
     assert 0.49 < report.macs.ratio <= 0.5
     assert report.unknown == {}
+
+
+def test_any_order_of_any_group_is_the_same_function(case: Case) -> None:
+    """What 2:4 relies on: all groups in random orders, nothing removed."""
+    model = make(case.reference)
+    analysis = analyse(capture(model, case.inputs, {}))
+    rng = np.random.default_rng(0)
+    orders = {g.axis: rng.permutation(g.size) for g in find_groups(analysis)}
+    kept = Kept(orders)
+    assert len(kept) == sum(not np.array_equal(order, np.arange(len(order))) for order in orders.values())
+    assert not kept.smaller
+    rewritten = rewrite(analysis, kept, model)
+    assert prove(analysis, kept, rewritten, model).error < 1e-9
