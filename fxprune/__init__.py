@@ -7,11 +7,12 @@
 torch.Size([5, 4])
 """
 
-from fxprune.api import Pruned, compile, dry_run
+from fxprune.api import compile, dry_run
 from fxprune.curves import sensitivity
 from fxprune.errors import FxpruneError
 from fxprune.passes.plots import plot_sensitivity
 from fxprune.plan import Plan
+from fxprune.pruned import Pruned
 from fxprune.recipe import Recipe
 from fxprune.report import Report
 from fxprune.rules.core import register_rule

@@ -14,8 +14,8 @@ from fxprune.registry import nearest
 from fxprune.report import EngineSummary
 
 if TYPE_CHECKING:
-    from fxprune.api import Pruned
     from fxprune.backends.tensorrt import TensorRTBackend
+    from fxprune.pruned import Pruned
 
 #: Builds engines where no other backend is named.
 ENGINE_BACKEND = "tensorrt-rtx"

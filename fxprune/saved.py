@@ -29,7 +29,7 @@ from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 
 if TYPE_CHECKING:
-    from fxprune.api import Pruned
+    from fxprune.pruned import Pruned
 
 WEIGHTS, GRAPH, PLAN, INT8 = "weights.safetensors", "graph.json", "plan.json", "int8.onnx"
 FORMAT = 1
@@ -143,7 +143,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> f
 
 def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Pruned:
     """Return a saved model with its plan and report; see `load`."""
-    from fxprune.api import Pruned
+    from fxprune.pruned import Pruned
     from fxprune.quantization import Quantized
 
     folder = Path(directory)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxprune
-from fxprune.api import Pruned
 from fxprune.backends import BACKENDS, engines, onnxfile, onnxruntime
 from fxprune.backends.engine_builder import Line, _load_cache, capabilities, errors, library
 from fxprune.backends.engine_runner import EngineRunner
@@ -27,6 +26,7 @@ from fxprune.backends.engines import Engine, Profile, Sparsity
 from fxprune.backends.tensorrt import TensorRTBackend
 from fxprune.cli import app
 from fxprune.errors import BackendError
+from fxprune.pruned import Pruned
 from fxprune.report import EngineSummary
 from fxprune.saved import load_pruned
 

@@ -320,7 +320,7 @@ def texts(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def small() -> fxprune.api.Pruned:
+def small() -> fxprune.Pruned:
     """Half an encoder, its sequence dynamic."""
     torch.manual_seed(0)
     model = Encoder().eval()
@@ -333,7 +333,7 @@ def shapes(path: Path) -> dict[str, list[Any]]:
 
 
 @needs_onnxruntime
-def test_a_pruned_model_keeps_its_dynamic_sequence(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_a_pruned_model_keeps_its_dynamic_sequence(small: fxprune.Pruned, tmp_path: Path) -> None:
     path = small.export(tmp_path / "small.onnx")
     assert shapes(path) == {"x": ["batch", "sequence", 32], "mask": ["batch", "sequence"]}
     assert "Attention" in {node.op_type for node in onnx.load(path).graph.node}
@@ -346,7 +346,7 @@ def test_a_pruned_model_keeps_its_dynamic_sequence(small: fxprune.api.Pruned, tm
 
 
 @needs_onnxruntime
-def test_a_loaded_model_does_too(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_a_loaded_model_does_too(small: fxprune.Pruned, tmp_path: Path) -> None:
     folder = small.save(tmp_path / "small")
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps(plan | {"batch_dynamic": True}))  # as fxprune wrote before
@@ -355,7 +355,7 @@ def test_a_loaded_model_does_too(small: fxprune.api.Pruned, tmp_path: Path) -> N
 
 
 @needs_onnxruntime
-def test_measuring_against_a_dense_model_with_other_names(small: fxprune.api.Pruned) -> None:
+def test_measuring_against_a_dense_model_with_other_names(small: fxprune.Pruned) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -447,7 +447,7 @@ def test_float16_inside_and_float32_outside(tmp_path: Path) -> None:
 
 
 @needs_onnxruntime
-def test_attention_in_float16_stays_one_operator(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_attention_in_float16_stays_one_operator(small: fxprune.Pruned, tmp_path: Path) -> None:
     path = small.export(tmp_path / "half.onnx", dtype="float16")
     assert path.stat().st_size < 0.8 * small.export(tmp_path / "whole.onnx").stat().st_size
     assert "Attention" in {node.op_type for node in onnx.load(path).graph.node}
@@ -506,7 +506,7 @@ def test_branches_and_operators_of_others_are_refused_in_half_precision() -> Non
             compute_in(model, "float16")
 
 
-def test_options_are_known_by_name(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_options_are_known_by_name(small: fxprune.Pruned, tmp_path: Path) -> None:
     known = "Known: dtype, provider, fusion, keep_optimized"
     with pytest.raises(BackendError, match=f"backend 'onnxruntime' has no option 'fuson'; did you mean.*{known}"):
         small.export(tmp_path / "small.onnx", fuson="transformer")
@@ -526,7 +526,7 @@ def test_a_provider_that_is_missing_is_said(provider: str, name: str, monkeypatc
 
 # ------------------------------------------------------------------------------------------------------------- fusion
 @needs_onnxruntime
-def test_the_transformer_optimizer_fuses_what_it_knows(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_the_transformer_optimizer_fuses_what_it_knows(small: fxprune.Pruned, tmp_path: Path) -> None:
     backend = BACKENDS["onnxruntime"].configured(fusion="transformer")
     x, mask = texts(2, 12)
     built = backend.build(small.module, (x, mask), threads=1, dynamic=small.plan.dynamic, path=tmp_path / "a.onnx")
@@ -605,7 +605,7 @@ def test_files_hold_no_path_of_the_machine(tmp_path: Path) -> None:
 @needs_onnxruntime
 @pytest.mark.parametrize("options", [{}, {"fusion": "transformer"}, {"dtype": "float16"}])
 def test_everything_works_with_weights_beside_the_file(
-    small: fxprune.api.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+    small: fxprune.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ) -> None:
     monkeypatch.setattr(onnx_export, "LARGE", 100)
     backend = BACKENDS["onnxruntime"].configured(keep_optimized=True, **options)
@@ -671,7 +671,7 @@ def run_cli(*arguments: str, code: int = 0) -> str:
 
 
 @needs_onnxruntime
-def test_the_command_profiles_saved_models_and_files(small: fxprune.api.Pruned, tmp_path: Path) -> None:
+def test_the_command_profiles_saved_models_and_files(small: fxprune.Pruned, tmp_path: Path) -> None:
     folder, file = small.save(tmp_path / "small"), small.export(tmp_path / "small.onnx")
     shown = run_cli(str(folder), "--threads", "1", "--runs", "3", "--top", "2")
     assert "medians of 3 runs" in shown and "module" in shown
@@ -695,7 +695,7 @@ def test_the_command_profiles_saved_models_and_files(small: fxprune.api.Pruned, 
     ],
 )
 def test_what_the_command_refuses(
-    small: fxprune.api.Pruned, tmp_path: Path, arguments: list[str], code: int, message: str
+    small: fxprune.Pruned, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     if "FILE" in arguments:
         file = small.export(tmp_path / "small.onnx")

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprune
 from fxprune import passes
 from fxprune.analyse import Analysis, analyse
-from fxprune.api import Pruned
 from fxprune.backends import BACKENDS
 from fxprune.capture import capture
 from fxprune.costs import Costs
@@ -31,6 +30,7 @@ from fxprune.passes.calibration import calibration
 from fxprune.passes.choose import choose, score, step
 from fxprune.passes.registries import Budget
 from fxprune.passes.statistics import Scores, Statistics
+from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
 from fxprune.rewrite import rewrite
 

@@ -38,7 +38,7 @@ def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3, 8, 8), torch.rand(rows, 1)
 
 
-def compiled(model: nn.Module, **recipe: Any) -> fxprune.api.Pruned:
+def compiled(model: nn.Module, **recipe: Any) -> fxprune.Pruned:
     data = [batch(8) for _ in range(8)]
     return fxprune.compile(model, batch(), calibration=data, **recipe)
 

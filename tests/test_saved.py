@@ -25,8 +25,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 import fxprune
 from fxprune import graphfile, saved
-from fxprune.api import Pruned
 from fxprune.errors import SavedModelError
+from fxprune.pruned import Pruned
 from fxprune.saved import load_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.api import Pruned
 from fxprune.backends import BACKENDS, engines, onnxfile, onnxruntime
 from fxprune.backends.engines import Engine
 from fxprune.backends.tensorrt import TensorRTBackend
+from fxprune.pruned import Pruned
 
 RTX = BACKENDS["tensorrt-rtx"]
 assert isinstance(RTX, TensorRTBackend)

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from fxprune.api import Pruned
 from fxprune.backends import BACKENDS
 from fxprune.backends.timing import LEAST_REPEATS
 from fxprune.cli.console import Answer, Progress, command
 from fxprune.cli.options import MODEL_HELP, Batch, Json, Threads
+from fxprune.pruned import Pruned
 from fxprune.saved import load_pruned
 from fxprune.sources import Source, resolve
 

@@ -15,9 +15,9 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from fxprune import named
-from fxprune.api import Pruned, rebatch, settings_of
 from fxprune.api import compile as compile_model
 from fxprune.api import dry_run as dry_run_model
+from fxprune.api import settings_of
 from fxprune.backends import chosen
 from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import (
@@ -37,6 +37,7 @@ from fxprune.data import FORMS, read_data
 from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
 from fxprune.passes.choose import functions
 from fxprune.plan import Plan
+from fxprune.pruned import Pruned, rebatch
 from fxprune.recipe import Recipe, read_recipe
 from fxprune.saved import PLAN
 from fxprune.sources import describe_inputs, resolve

@@ -11,7 +11,6 @@ import typer
 import yaml
 from rich.console import RenderableType
 
-from fxprune.api import rebatch
 from fxprune.backends import BACKENDS
 from fxprune.backends.base import forward_signature
 from fxprune.backends.onnx_profile import Profile, file_inputs, profile_file
@@ -19,6 +18,7 @@ from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import MODEL_HELP, Batch, Inputs, Json, Threads
 from fxprune.errors import BackendError, InputError
 from fxprune.input_names import input_names, renamed
+from fxprune.pruned import rebatch
 from fxprune.saved import PLAN, load_pruned
 from fxprune.sources import InputSpec, Source, parse_input, resolve
 

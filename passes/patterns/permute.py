@@ -21,9 +21,9 @@ from torch import Tensor
 Order = npt.NDArray[np.int64]
 
 #: Values looked at in one step, which bounds memory.
-_STEP = 1 << 22
-#: Values looked at in all, which bounds time: some seconds.
-_BUDGET = 4e9
+_STEP = 1 << 19
+#: Values looked at in all, which bounds time: about ten seconds.
+_BUDGET = 6e8
 #: How often columns change places at random.
 _ESCAPES = 10
 
@@ -133,7 +133,7 @@ class _Search:
     def _improve(self, pairs: Order) -> None:
         """Give each of the disjoint pairs of groups its best split."""
         size = len(self.subsets) * self.columns.shape[1]
-        for some in np.array_split(pairs, max(1, len(pairs) * size // _STEP)):
+        for some in np.array_split(pairs, min(len(pairs), len(pairs) * size // _STEP + 1)):
             both = self.order[some].reshape(len(some), -1)
             self.spent += len(some) * size
             worth = self._worth(self.columns[torch.from_numpy(both)])
