@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.copies import copied
-from fxprune.errors import BackendError, TargetError
+from fxprune.errors import BackendError, SavedModelError, TargetError
 from fxprune.groups import Group
 from fxprune.kept import Kept
 from fxprune.measure import measure
@@ -126,6 +126,7 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
     layers, unfit = eligible(work.analysis, work.groups, work.kept, work.recipe, wanted.pattern)
     if not layers:
         return Patterned(Step(name, False, why="no layer can have the pattern"), unfit=unfit)
+    _check(work.module, given)
     sparsifier = Sparsifier(wanted, {c.weight for c in layers}, given)
     before = copied(work.module) if wanted.when == "faster" else None
     errors, metrics = [work.own_error()], [work.measured()]
@@ -153,6 +154,21 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
         _restore(work.module, before)
         return Patterned(step, unfit=unfit)
     return Patterned(step, sparsifier.masks, sparsifier.rows, unfit, refitted, tuned)
+
+
+def _check(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuse masks of a plan that are not of this module.
+
+    Raises:
+        SavedModelError: a weight is missing, or of another shape.
+    """
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    for name, mask in masks.items():
+        if shapes.get(name) != tuple(mask.shape):
+            raise SavedModelError(
+                f"the plan has a mask of the shape {tuple(mask.shape)} for '{name}', which is "
+                f"{shapes.get(name, 'not there')}: the model is not the one that the plan was made for"
+            )
 
 
 def _pair(values: Sequence[float | None]) -> tuple[float, float] | None:

@@ -353,6 +353,10 @@ def test_a_plan_brings_its_masks(case: tuple[nn.Module, Any], tmp_path: Path) ->
         assert loaded.plan.masks.keys() == plan.masks.keys()
         assert loaded.report.steps == pruned.report.steps
         assert loaded.report.sparse == pruned.report.sparse
+    other = Plan.from_json(pruned.plan.to_json())
+    other.masks["head.weight"] = torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(SavedModelError, match=r"a mask of the shape \(3, 3\) for 'head.weight', which is \(10, "):
+        fxprune.compile(model, inputs, plan=other, calibration=data)
     text = pruned.plan.to_json().replace('"bits": "', '"bits": "c$', 1)
     with pytest.raises(SavedModelError, match="this is not a plan"):
         Plan.from_json(text)

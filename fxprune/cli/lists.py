@@ -11,13 +11,15 @@ from fxprune import passes
 from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import Json
 from fxprune.doctor import backend_states, diagnose, first_sentence
+from fxprune.passes.patterns import METHODS
 from fxprune.passes.statistics import NEEDS
 
 
 @command
 def criteria(as_json: Json = False) -> Answer:
-    """List the criteria and allocations that a recipe can name."""
+    """List the criteria, allocations and ways to choose masks that a recipe can name."""
     passes.load()
+    masks = {n: first_sentence(METHODS[n].choose.__doc__) for n in METHODS}
     scores = {n: first_sentence(passes.CRITERIA[n].score.__doc__) for n in passes.CRITERIA}
     needs = {n: sorted(passes.CRITERIA[n].needs) for n in passes.CRITERIA}
     spread = {n: first_sentence(passes.ALLOCATORS[n].__doc__) for n in passes.ALLOCATORS}
@@ -27,7 +29,11 @@ def criteria(as_json: Json = False) -> Answer:
     more = table("allocation", "how many units each group keeps")
     for name, about in spread.items():
         more.add_row(name, Text(about))
-    return Answer({"criteria": scores, "needs": needs, "allocations": spread}, [rows, more])
+    patterns = table("sparsity method", "which weights stay in a pattern", "what that takes")
+    for name, about in masks.items():
+        patterns.add_row(name, Text(about), "data: second moments" if METHODS[name].data else "no data")
+    found = {"criteria": scores, "needs": needs, "allocations": spread, "sparsity": masks}
+    return Answer(found, [rows, more, patterns])
 
 
 @command
