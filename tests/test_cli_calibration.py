@@ -367,3 +367,24 @@ def refused(message: str, code: int, *arguments: str, model: str = "task.py:net"
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
     assert {p.name for p in Path().iterdir()} <= before | {"__pycache__"}
+
+
+# ---------------------------------------------------------------------- what follows structured pruning
+def test_sparsity_and_quantization(folder: Path) -> None:
+    recipe = "target: {macs: 0.5}\nsparsity: {pattern: '2:4', method: sparsegpt}\nquantization: {when: always}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    data = run_json("--recipe", "recipe.yaml", "--calibration", "x.pt", "--onnx", "small.onnx")
+    steps = data["report"]["steps"]
+    assert [(s["name"], s["taken"]) for s in steps] == [("sparsity 2:4, sparsegpt", True), ("quantization int8", True)]
+    assert all(0 < value < 1 for s in steps for value in s["error"])
+    assert {s["name"] for s in data["report"]["sparse"]} == {"first.weight", "head.weight"}
+    assert (folder / "small" / "int8.onnx").read_bytes() == (folder / "small.onnx").read_bytes()
+    assert float((load_pruned("small").module.get_parameter("first.weight") != 0).float().mean()) == 0.5
+
+
+def test_a_pattern_needs_no_target(folder: Path) -> None:
+    text = run("--sparsity", "2:4").stdout
+    assert "sparsity 2:4, magnitude: taken" in text
+    assert "2:4 in 2 layers, 50.0% of 384 weights stay" in text
+    result = run("--sparsity", "two", code=2)
+    assert "there is no sparsity 'two'; known: 2:4 or any n:m" in " ".join(result.stderr.split())

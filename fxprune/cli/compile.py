@@ -223,9 +223,10 @@ def compile(
 
 
 def _settings(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
-    if recipe is None and given["target"] is None:
+    if recipe is None and not any(given[key] for key in ("target", "sparsity", "quantization")):
         raise RecipeError(
-            f"there is no target; pass --target with one of {', '.join(TARGETS)}, or a --recipe that has one"
+            f"there is no target; pass --target with one of {', '.join(TARGETS)}, or a --recipe that has one; "
+            "--sparsity and --quantization alone need none"
         )
     return read_recipe(recipe, **given)
 
