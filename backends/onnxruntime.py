@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from fxprune.backends.base import (
     check_parity,
     forward_signature,
 )
+from fxprune.backends.by_name import ByName
 from fxprune.backends.dynamic import other_sizes, resized, sizes
 from fxprune.backends.named_inputs import NamedInputs
 from fxprune.backends.onnx_export import FileSettings, Written, export, export_parts
@@ -64,19 +66,30 @@ class OnnxRunner(Runner):
     def __init__(
         self,
         opened: InferenceSession,
-        signature: inspect.Signature,
+        signature: inspect.Signature | None,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         built: OnnxBuilt,
         names: Sequence[str] | None = None,
     ) -> None:
-        """`names` are those of the session's inputs, where they are not those of the arguments."""
+        """`signature` and arguments are those of the module, where there is one.
+
+        `names` are those of the session's inputs, where they are not those of the arguments.
+        """
         self.path = None
         self.parity: Parity | None = None
         self._session = opened
         self._built = built
-        self._inputs = NamedInputs(signature, args, kwargs)
+        if signature is None:
+            self._inputs: NamedInputs | ByName = ByName([i.name for i in opened.get_inputs()], "the file")
+        else:
+            self._inputs = NamedInputs(signature, args, kwargs)
         self._feeds = dict(zip(self._inputs.names, names or self._inputs.names, strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that `run` takes, in order."""
+        return list(self._inputs.names)
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
@@ -129,9 +142,10 @@ class OnnxRunner(Runner):
         feeds = {
             self._feeds[name]: tensor.detach().cpu().numpy() for name, tensor in self._inputs.of(args, kwargs).items()
         }
-        if self._built.written is None:
+        file = self._built.written.path if self._built.written is not None else self.path
+        if file is None:
             raise BackendError("a runner that was built as one of several parts has no file to profile; build it alone")
-        return profile(self._built.written.path, feeds, self._built.settings, runs)
+        return profile(file, feeds, self._built.settings, runs)
 
     def describe(self) -> dict[str, Any]:
         """Return provider, threads, options, what is in the file, versions and the parity with torch."""
@@ -143,8 +157,8 @@ class OnnxRunner(Runner):
             "backend": BACKEND.name,
             "provider": self._session.get_providers()[0],
             "threads": self._built.settings.threads,
-            "dtype": options["dtype"],
-            "tolerance": TOLERANCES[options["dtype"]],
+            "dtype": options.get("dtype"),  # that of a file made elsewhere is not known, nor what it should compute
+            "tolerance": TOLERANCES.get(options.get("dtype", "")),
             "opset": written.opset if written else None,
             "graph_optimization": "all",
             "denormals": "zero",
@@ -224,6 +238,18 @@ class OnnxRuntimeBackend(Backend):
             # Weights kept beside the model stay mapped from the file for as long as the session lives.
             weakref.finalize(runner, shutil.rmtree, file.parent, ignore_errors=True)
         runner.path = path
+        return runner
+
+    def load(self, path: str | PathLike[str], threads: int = 1) -> OnnxRunner:
+        """Open an ONNX file, also one of another tool; it is called with its inputs in order, or by name.
+
+        Raises BackendError where onnxruntime or the provider is missing, or the file cannot be loaded.
+        """
+        if (reason := self.available()) is not None:
+            raise BackendError(f"backend '{self.name}' cannot be used here: {reason}")
+        settings = SessionSettings(threads, self.options["provider"])
+        runner = OnnxRunner(session(Path(path), settings), None, (), {}, OnnxBuilt(settings, {}))
+        runner.path = Path(path)
         return runner
 
     def _open(self, file: Path, settings: SessionSettings) -> InferenceSession:
