@@ -194,6 +194,9 @@ def bench(
     Files run as they are, beside it, on the one runtime that they are for: FILE.onnx on onnxruntime, FILE.engine on
     its TensorRT, FILE.pt2 of compiled code on torch-aot. What cannot be run here is a row that says why.
 
+    Sizes that the first saved model leaves open stay open in every model that is built, so that all are built alike;
+    where there is none, every size is fixed.
+
     Args:
         artefacts: names for messages -> artefacts, or artefacts alone.
         against: the reference, the dense model as a rule; by default the first artefact.

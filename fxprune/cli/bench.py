@@ -18,7 +18,7 @@ _WHAT = f"{MODEL_HELP.removesuffix('.')}; or {', '.join(FILES)}. Several are tim
 
 @command
 def bench(
-    artefacts: Annotated[list[str], typer.Argument(metavar="MODEL...", help=_WHAT, show_default=False)],
+    artefacts: Annotated[list[str], typer.Argument(metavar="MODEL", help=_WHAT, show_default=False)],
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The reference, the dense model as a rule; by default the first MODEL."),
