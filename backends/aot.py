@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import re
 import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.backends.base import (
@@ -44,6 +50,12 @@ from fxprune.errors import BackendError
 from fxprune.input_names import Dynamic
 
 ENDING = ".pt2"
+#: Where a package keeps machine code; a file of `torch.export.save`, which ends in .pt2 as well, has no such folder.
+_CODE = "data/aotinductor/"
+#: Set to "1" when a loaded package is first called, it compares every call's tensors with those it was compiled for.
+_CHECK = "AOTI_RUNTIME_CHECK_INPUTS"
+#: What it says of a size of 1 where code has been compiled for any: which tensor, which dimension.
+_ONE_ROW = re.compile(r"input_handles\[(\d+)\]: dim value is too small at (\d+), expected it to be >= 2, but got: 1\b")
 
 
 def package(module: nn.Module, tensors: Sequence[Tensor], open_dims: Sequence[Mapping[int, str]], path: Path) -> None:
@@ -159,6 +171,134 @@ class AotRunner(Runner):
         }
 
 
+def is_package(path: Path) -> bool:
+    """Return whether a file is a package of compiled code.
+
+    >>> is_package(Path("nowhere.pt2"))
+    False
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_CODE in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+class PackageRunner(Runner):
+    """A package without the module that it was compiled from: tensors in order, or by the names that it has for some.
+
+    Compiled code checks nothing by itself, and reads beyond the end of a tensor that is too small. So each new set of
+    arguments first goes through a copy of the package that does check.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.path = self._file = path
+        self._threads = threads
+        self._call = _loaded(path)
+        self.device = str(self._call.get_metadata().get("AOTI_DEVICE_KEY", "cpu"))
+        spec = pytree.treespec_loads(self._call.loader.get_call_spec()[0])
+        _, named = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+        #: The inputs that are given by name; those before them are not.
+        self.keywords = list(named)
+
+    def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return the output tensors on the CPU.
+
+        Raises BackendError where the package was compiled for other shapes or types.
+        """
+        placed = self._checked(args, kwargs)
+        return [tensor.cpu() for tensor in self._run(*placed)]
+
+    def bind(self, *args: Any, **kwargs: Any) -> Callable[[], object]:
+        """Return a call that runs on these arguments, checked and moved once; on CUDA it waits for the GPU."""
+        placed = self._checked(args, kwargs)
+
+        def call() -> None:
+            self._run(*placed)
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+
+        return call
+
+    def describe(self) -> dict[str, Any]:
+        """Return device, threads and versions; the number of threads in the code is the one it was compiled with."""
+        return {
+            "backend": AotBackend.name,
+            "provider": self.device,
+            "threads": self._threads,
+            "versions": {"torch": torch.__version__},
+            "parity": None,
+        }
+
+    def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if set(kwargs) != set(self.keywords):
+            wanted, given = (", ".join(names) or "no tensors" for names in (self.keywords, kwargs))
+            raise BackendError(f"'{self.path}' takes {wanted} by name, but was given {given}")
+        placed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            Tensor, lambda t: t.detach().to(self.device).contiguous(), (args, dict(kwargs))
+        )
+        self._check([*placed[0], *(placed[1][name] for name in self.keywords)])
+        return placed
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        """Raise where the code was not compiled for these tensors, in order.
+
+        Code with an open size is compiled for 2 and more, runs at 1 as well, and its check says that 1 is too small:
+        then twice as many rows are checked in place of these.
+        """
+        call, named = _loaded(self._file), len(tensors) - len(self.keywords)
+        while True:
+            kwargs = dict(zip(self.keywords, tensors[named:], strict=True))
+            try:
+                with _checking():
+                    self._run(tuple(tensors[:named]), kwargs, call)
+                return
+            except BackendError as error:
+                found = _ONE_ROW.search(str(error))
+                if found is None:
+                    raise
+                index, dim = map(int, found.groups())
+                tensors[index] = torch.cat([tensors[index]] * 2, dim)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Any = None) -> list[Tensor]:
+        try:
+            with num_threads(self._threads), torch.no_grad():
+                return tensors_of((call or self._call)(*args, **kwargs))
+        except Exception as error:  # of the loader or of the compiled code
+            reason = str(error).strip().partition("\n")[0]
+            raise BackendError(f"'{self.path}' does not run on these arguments: {reason}") from error
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return torch._inductor.aoti_load_package(str(path))
+    except Exception as error:  # a damaged file fails in many ways, and so does one for another machine
+        raise BackendError(
+            f"'{path}' cannot be loaded: {str(error).strip()}. A package runs with the version of torch and on the "
+            "kind of processor that it was compiled for; export it again"
+        ) from error
+
+
+@contextmanager
+def _checking() -> Iterator[None]:
+    """Have a package that is called for the first time check its tensors, without what it prints about them."""
+    before = os.environ.get(_CHECK)
+    os.environ[_CHECK] = "1"
+    # The code writes to the descriptor itself what the exception says, too.
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        for descriptor in (kept, nowhere):
+            os.close(descriptor)
+        if before is None:
+            del os.environ[_CHECK]
+        else:
+            os.environ[_CHECK] = before
+
+
 class AotBackend(Backend):
     """torch, compiled ahead of time into one file that needs no Python code of the model."""
 
@@ -180,6 +320,15 @@ class AotBackend(Backend):
         if self.options["device"] == "cuda" and not torch.cuda.is_available():
             return no_cuda()
         return no_compiler()
+
+    def load(self, path: str | PathLike[str], threads: int = 1) -> PackageRunner:
+        """Open a package, on the device that it was compiled for; it is called with tensors, in order.
+
+        Raises BackendError where there is no such file, or it cannot be loaded here.
+        """
+        if not is_package(Path(path)):
+            raise BackendError(f"'{path}' is no package of compiled code; Pruned.export(\"small{ENDING}\") writes one")
+        return PackageRunner(Path(path), threads)
 
     def _build(
         self,
@@ -239,4 +388,5 @@ class AotBackend(Backend):
         return runner
 
 
-BACKENDS.add(AotBackend.name, AotBackend())
+BACKEND = AotBackend()
+BACKENDS.add(BACKEND.name, BACKEND)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.backends.base import Parity, Runner
+from fxprune.backends.by_name import ByName
 from fxprune.backends.engines import Engine, Port
 from fxprune.backends.named_inputs import NamedInputs
 from fxprune.errors import BackendError
@@ -41,7 +42,9 @@ class EngineRunner(Runner):
         self._engine = engine
         self._threads = threads
         self._device = torch.device(device)
-        self._inputs = NamedInputs(signature, *example) if signature is not None else None
+        #: Of the inputs, in the order in which `run` takes them.
+        self.names = [port.name for port in engine.inputs]
+        self._inputs = NamedInputs(signature, *example) if signature is not None else ByName(self.names, "the engine")
         self._keep = keep
         self._context = opened.create_execution_context()
         if self._context is None:
@@ -103,7 +106,7 @@ class EngineRunner(Runner):
 
     def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Lay inputs and outputs out on the GPU and tell the context where they are."""
-        given = self._inputs.of(args, kwargs) if self._inputs is not None else self._by_name(args, kwargs)
+        given = self._inputs.of(args, kwargs)
         held = []
         for port in self._used:
             tensor = self._fitting(port, given[port.name])
@@ -125,16 +128,6 @@ class EngineRunner(Runner):
         # The copies were made on torch's own stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return held, outputs
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        names = [port.name for port in self._engine.inputs]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.keys() != set(names) or len(args) + len(kwargs) != len(names):
-            raise BackendError(
-                f"the engine takes {', '.join(names)}, but was given {len(args)} tensors in order and "
-                f"{', '.join(kwargs) or 'none'} by name"
-            )
-        return given
 
     def _fitting(self, port: Port, tensor: Tensor) -> Tensor:
         """The tensor on the GPU, contiguous; an empty one has no address and no engine takes it."""

@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from fxprune.backends.base import (
     check_parity,
     forward_signature,
 )
+from fxprune.backends.by_name import ByName
 from fxprune.backends.dynamic import other_sizes, resized, sizes
 from fxprune.backends.named_inputs import NamedInputs
 from fxprune.backends.onnx_export import FileSettings, Written, export, export_parts
@@ -64,19 +66,30 @@ class OnnxRunner(Runner):
     def __init__(
         self,
         opened: InferenceSession,
-        signature: inspect.Signature,
+        signature: inspect.Signature | None,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         built: OnnxBuilt,
         names: Sequence[str] | None = None,
     ) -> None:
-        """`names` are those of the session's inputs, where they are not those of the arguments."""
+        """`signature` and arguments are those of the module, where there is one.
+
+        `names` are those of the session's inputs, where they are not those of the arguments.
+        """
         self.path = None
         self.parity: Parity | None = None
         self._session = opened
         self._built = built
-        self._inputs = NamedInputs(signature, args, kwargs)
+        if signature is None:
+            self._inputs: NamedInputs | ByName = ByName([i.name for i in opened.get_inputs()], "the file")
+        else:
+            self._inputs = NamedInputs(signature, args, kwargs)
         self._feeds = dict(zip(self._inputs.names, names or self._inputs.names, strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that `run` takes, in order."""
+        return list(self._inputs.names)
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return the output tensors; raises BackendError where onnxruntime rejects the arguments."""
@@ -131,9 +144,10 @@ class OnnxRunner(Runner):
             BackendError: onnxruntime rejects the arguments, `runs` is below 1, or the runner was built as a part.
         """
         feeds = self.feeds(*args, **kwargs)
-        if self._built.written is None:
+        file = self._built.written.path if self._built.written is not None else self.path
+        if file is None:
             raise BackendError("a runner that was built as one of several parts has no file to profile; build it alone")
-        return profile(self._built.written.path, feeds, self._built.settings, runs)
+        return profile(file, feeds, self._built.settings, runs)
 
     def describe(self) -> dict[str, Any]:
         """Return provider, threads, options, what is in the file, versions and the parity with torch."""
@@ -145,8 +159,8 @@ class OnnxRunner(Runner):
             "backend": BACKEND.name,
             "provider": self._session.get_providers()[0],
             "threads": self._built.settings.threads,
-            "dtype": options["dtype"],
-            "tolerance": TOLERANCES[options["dtype"]],
+            "dtype": options.get("dtype"),  # that of a file made elsewhere is not known, nor what it should compute
+            "tolerance": TOLERANCES.get(options.get("dtype", "")),
             "opset": written.opset if written else None,
             "graph_optimization": "all",
             "denormals": "zero",
@@ -228,17 +242,29 @@ class OnnxRuntimeBackend(Backend):
         runner.path = path
         return runner
 
-    def opened(
-        self, file: Path, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, threads: int
+    def load(
+        self,
+        path: str | PathLike[str],
+        threads: int = 1,
+        like: tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]] | None = None,
     ) -> OnnxRunner:
-        """Open a file that another tool made of the one that `build` wrote, to be called as `module` is.
+        """Open an ONNX file, also one of another tool; it is called with its inputs in order, or by name.
 
-        What it computes is not compared with the module. Raises BackendError where onnxruntime cannot open it.
+        Args:
+            like: a module with its arguments, of which the file was made: it is called as the module is. What the file
+                computes is not compared with it.
+
+        Raises BackendError where onnxruntime or the provider is missing, or the file cannot be loaded.
         """
-        signature, settings = forward_signature(module), SessionSettings(threads, self.options["provider"])
-        given = _canonical(signature, tuple(args), kwargs)
-        built = OnnxBuilt(settings, self.options, Written(file, 0))
-        return OnnxRunner(self._open(file, settings), signature, *given, built)
+        if (reason := self.available()) is not None:
+            raise BackendError(f"backend '{self.name}' cannot be used here: {reason}")
+        settings = SessionSettings(threads, self.options["provider"])
+        opened = self._open(Path(path), settings)
+        signature = None if like is None else forward_signature(like[0])
+        args, kwargs = ((), {}) if signature is None or like is None else _canonical(signature, *like[1:])
+        runner = OnnxRunner(opened, signature, args, kwargs, OnnxBuilt(settings, {}))
+        runner.path = Path(path)
+        return runner
 
     def _open(self, file: Path, settings: SessionSettings) -> InferenceSession:
         try:

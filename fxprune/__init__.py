@@ -8,6 +8,7 @@ torch.Size([5, 4])
 """
 
 from fxprune.api import compile, dry_run
+from fxprune.benchmark import bench
 from fxprune.curves import sensitivity
 from fxprune.errors import FxpruneError
 from fxprune.passes.plots import plot_sensitivity
@@ -25,6 +26,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "Report",
+    "bench",
     "compile",
     "dry_run",
     "load",

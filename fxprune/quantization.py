@@ -167,7 +167,7 @@ def quantize(work: Work, wanted: Settings) -> tuple[Step, Quantized | None]:
         dynamic = work.analysis.captured.dynamic
         plain = files.build(work.module, work.args, work.kwargs, threads=threads, dynamic=dynamic, path=source)
         write(source, target, _feeds(work, plain, wanted.samples), wanted.how)
-        runner = files.opened(target, work.module, work.args, work.kwargs, threads=threads)
+        runner = files.load(target, threads, (work.module, work.args, work.kwargs))
         error = work.error(lambda inputs: runner.run(*_call(work, inputs)[0], **_call(work, inputs)[1]))
         errors = (work.own_error(), error)
         assert errors[0] is not None

@@ -169,7 +169,7 @@ def test_a_wrong_command_line_is_answered_with_code_2() -> None:
     assert "Missing argument" in run("explain", code=2).stderr
 
 
-# ---------------------------------------------------------------------- compile and bench
+# ---------------------------------------------------------------------- compile
 def test_compile_saves_times_and_says_how_to_go_on(folder: Path) -> None:
     result = run("compile", "nets.py:net", "--target", "macs=0.5", "--out", "small/", "--onnx", "small.onnx")
     assert "a model that prints" not in result.stdout
@@ -210,27 +210,6 @@ def test_options_override_the_recipe(folder: Path) -> None:
     recipe = run_json(*common, "--target", "params=0.8", "--seed", "1", "--keep", "head")["report"]["recipe"]
     assert recipe["target"] == Target(params=0.8).model_dump()
     assert (recipe["seed"], recipe["round_to"], recipe["keep"]) == (1, 2, ["head"])
-
-
-def test_bench_times_dense_and_pruned_on_every_backend_asked_for(folder: Path) -> None:
-    run("compile", "nets.py:net", "--target", "macs=0.5", "--out", "small", "--no-measure")
-    common = ("bench", "small", "--against", "nets.py:bare", "--rounds", "6", "--threads", "1", "--batch", "4")
-    data = run_json(*common, "--backend", "torch", "--backend", "onnxruntime")
-    assert [(row["backend"], row["threads"], row["batch"]) for row in data["latency"]] == [
-        ("torch", 1, 4),
-        ("onnxruntime", 1, 4),
-    ]
-    assert data["notes"] == []
-    assert "6 rounds" in run(*common, "--backend", "torch").stdout
-
-
-def test_bench_says_so_where_the_dense_model_is_another_one(folder: Path) -> None:
-    run("compile", "nets.py:net", "--target", "macs=0.5", "--out", "small", "--no-measure")
-    data = run_json("bench", "small", "--against", "nets.py:ready", "--rounds", "6", "--backend", "torch")
-    assert data["notes"] == [
-        "nets.py:ready is a Linear of 36 parameters, but the saved model was made of a Net of 4,996: "
-        "the two may not do the same work"
-    ]
 
 
 def test_a_model_that_cannot_be_timed_is_saved_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

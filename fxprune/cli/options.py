@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from fxprune.errors import RecipeError
+from fxprune.errors import BackendError, RecipeError
 from fxprune.recipe import Kind, Target
 from fxprune.sources import FORMS
 
@@ -50,6 +50,24 @@ TARGETS = [
     name if f.annotation is bool else f"{name}={'SHARE' if name in _SHARES else 'NUMBER'}"
     for name, f in Target.model_fields.items()
 ]
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read `--option`: KEY=VALUE, values as in a recipe.
+
+    Raises:
+        BackendError: one has another form.
+
+    >>> parse_options(["dtype=float16", "keep_optimized=true"])
+    {'dtype': 'float16', 'keep_optimized': True}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise BackendError(f"--option {text}: write KEY=VALUE, dtype=float16")
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def parse_target(text: str) -> dict[str, Any]:

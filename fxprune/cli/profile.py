@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import RenderableType
 
+from fxprune.artefacts import file_tensors
 from fxprune.backends import BACKENDS
 from fxprune.backends.base import forward_signature
 from fxprune.backends.onnx_profile import Profile, file_inputs, profile_file
 from fxprune.cli.console import Answer, Progress, command, table
-from fxprune.cli.options import MODEL_HELP, Batch, Inputs, Json, Threads
-from fxprune.errors import BackendError, InputError
+from fxprune.cli.options import MODEL_HELP, Batch, Inputs, Json, Threads, parse_options
+from fxprune.errors import InputError
 from fxprune.input_names import input_names, renamed
 from fxprune.pruned import rebatch
 from fxprune.saved import PLAN, load_pruned
-from fxprune.sources import InputSpec, Source, parse_input, resolve
+from fxprune.sources import Source, resolve
 
 #: What is profiled: the file of another tool, too.
 _WHAT = f"FILE.onnx; or {MODEL_HELP}"
@@ -67,24 +67,6 @@ def profile(
     return Answer(data, show)
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Read `--option`: KEY=VALUE, values as in a recipe.
-
-    Raises:
-        BackendError: one has another form.
-
-    >>> parse_options(["dtype=float16", "keep_optimized=true"])
-    {'dtype': 'float16', 'keep_optimized': True}
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise BackendError(f"--option {text}: write KEY=VALUE, dtype=float16")
-        found[key] = yaml.safe_load(value)
-    return found
-
-
 class _How:
     """The options of the command that hold for every model."""
 
@@ -118,28 +100,10 @@ class _How:
         """Run a file on random inputs of its types, of the sizes that it says or the user does."""
         if not path.is_file():
             raise InputError(f"'{path}' does not exist")
-        found = file_inputs(path)
-        given = {spec.name: spec for spec in map(parse_input, inputs)}
-        unknown = [name or "without a name" for name in given if name not in {i.name for i in found}]
-        if unknown:
-            known = ", ".join(i.name for i in found)
-            raise InputError(f"--input {', '.join(unknown)}: the inputs of '{path}' are {known}")
-        specs = {i.name: given.get(i.name) or self._spec(i.name, i.shape, i.dtype) for i in found}
-        feeds = {name: spec.make().numpy() for name, spec in specs.items()}
+        tensors = file_tensors(str(path), file_inputs(path), inputs, self.batch)
+        feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
         provider = self.backend.options["provider"]
         return profile_file(path, feeds, threads=self.threads, provider=provider, runs=self.runs)
-
-    def _spec(self, name: str, shape: Sequence[int | str], dtype: torch.dtype) -> InputSpec:
-        """A spec for an input that the user says nothing of; the first size is taken for the batch."""
-        sizes = [(self.batch or 1) if i == 0 and isinstance(n, str) else n for i, n in enumerate(shape)]
-        unknown = [n for n in sizes if isinstance(n, str)]
-        if unknown:
-            raise InputError(
-                f"the sizes {', '.join(unknown)} of the input '{name}' are open; give its shape, for example --input "
-                f"{name}={'x'.join(str(16) if isinstance(n, str) else str(n) for n in sizes)}:"
-                f"{str(dtype).removeprefix('torch.')}"
-            )
-        return InputSpec(name, tuple(n for n in sizes if isinstance(n, int)), dtype)
 
 
 def _title(name: str, found: Profile) -> str:

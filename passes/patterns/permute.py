@@ -124,11 +124,13 @@ class _Search:
     # ------------------------------------------------------------------ improving
     def converge(self) -> None:
         """Split pairs anew until none gains, or the budget is spent."""
-        while not self.known.all() and self.spent < _BUDGET:
+        while not self.known.all():
             for pairs in _tournament(len(self.order), self.rng):
                 new = pairs[~self.known[pairs[:, 0], pairs[:, 1]]]
                 if len(new):
                     self._improve(new)
+                if self.spent >= _BUDGET:
+                    return
 
     def _improve(self, pairs: Order) -> None:
         """Give each of the disjoint pairs of groups its best split."""
