@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def fuse(path: Path) -> dict[str, int]:
 
     Raises BackendError where the optimizer fails.
     """
+    from onnxruntime import transformers
+
+    # Its modules import one another by bare names, from a path that is added once and may be gone by now.
+    folder = str(Path(transformers.__file__).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     from onnxruntime.transformers.optimizer import optimize_model
 
     data = path.with_name(f"{path.name}.data")

@@ -26,6 +26,7 @@ from fxprune.errors import BackendError, InputError, RecipeError, SavedModelErro
 from fxprune.groups import Group, find_groups, frozen_dimensions
 from fxprune.keep_class import choose_for_class
 from fxprune.kept import Kept
+from fxprune.masks import Masks
 from fxprune.plan import Plan
 from fxprune.prove import prove
 from fxprune.pruned import Pruned
@@ -265,7 +266,7 @@ def _choose(
             kept, notes = _ordered(analysis, groups, kept, settings, data is not None)
             captured.notes += notes
         chosen = _plan(analysis, groups, kept, costs, settings, plan, biases)
-        chosen.masks = dict(plan.masks) if plan is not None else {}
+        chosen.masks = Masks(plan.masks if plan is not None else {})
         chosen.basis = bool(turned) or (plan is not None and plan.basis)
     if plan is not None and chosen.kept != plan.kept:
         raise SavedModelError("the plan removes dead units, and this model's are others: make a new plan for it")
@@ -355,7 +356,7 @@ def _compile(
         with clock.stage("sparsify"):
             work = _work(args, keywords, settings, chosen, rewritten, metric)
             done = steps.sparsify(work, wanted, plan.masks)
-            plan = dataclasses.replace(plan, masks=done.masks)
+            plan = dataclasses.replace(plan, masks=Masks(done.masks))
             refitted, tuned = done.refitted or refitted, done.tuned or tuned
             emptied = None
             if done.masks and not settings.keep_class and not isinstance(wanted.pattern, NOfM):
@@ -364,7 +365,7 @@ def _compile(
                 kept, rewritten.module = emptied.kept, emptied.module
                 more = [f"{emptied.units} units were empty and are removed: the same within {emptied.proof.error:.1e}"]
                 plan = _plan(analysis, chosen.groups, kept, chosen.costs, settings, chosen.plan, emptied.biases)
-                plan.masks, plan.basis = emptied.masks, chosen.plan.basis
+                plan.masks, plan.basis = Masks(emptied.masks), chosen.plan.basis
     int8, file = quantization.settings(settings, chosen.data is not None), None
     shrunk: Step | None = None
     if int8 is not None:

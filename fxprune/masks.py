@@ -12,6 +12,21 @@ import torch
 from torch import Tensor
 
 
+class Masks(dict[str, Tensor]):
+    """Masks by the name of their weight; equal where all of them are.
+
+    >>> Masks(a=torch.tensor([True])) == Masks(a=torch.tensor([True])), Masks(a=torch.tensor([True])) == Masks()
+    (True, False)
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict) or self.keys() != other.keys():
+            return False
+        return all(torch.equal(mask, other[name]) for name, mask in self.items())
+
+    __hash__ = None
+
+
 def encode(mask: Tensor) -> dict[str, Any]:
     """Return a mask as plain JSON values.
 

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from fxprune import masks
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms, size_of
 from fxprune.blocks import find_blocks
@@ -18,6 +16,7 @@ from fxprune.costs import Costs
 from fxprune.errors import SavedModelError
 from fxprune.groups import Group, positions
 from fxprune.kept import Indices, Kept
+from fxprune.masks import Masks, decode, encode
 from fxprune.streams import roles
 
 
@@ -67,7 +66,7 @@ class Plan:
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
     basis: bool = False
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=Masks)
 
     @classmethod
     def of(
@@ -152,8 +151,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
-        plain = asdict(replace(self, masks={}))
-        return json.dumps(plain | {"masks": {n: masks.encode(m) for n, m in self.masks.items()}}, indent=1)
+        plain = asdict(replace(self, masks=Masks()))
+        return json.dumps(plain | {"masks": {n: encode(m) for n, m in self.masks.items()}}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
@@ -169,7 +168,7 @@ class Plan:
                 basis=bool(data.get("basis", False)),
                 blocks=list(data.get("blocks", [])),
                 costs={kind: (int(a), int(b)) for kind, (a, b) in data.get("costs", {}).items()},
-                masks={n: masks.decode(m) for n, m in data.get("masks", {}).items()},
+                masks=Masks({n: decode(m) for n, m in data.get("masks", {}).items()}),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error

@@ -27,6 +27,8 @@ FULL: dict[str, Any] = {
     "backend": "torch",
     "threads": 1,
     "reconstruction": "none",
+    "sparsity": {"pattern": "2:4", "permute": False},
+    "quantization": None,
     "basis": "none",
     "blocks": "none",
     "max_memory": 1e9,
@@ -51,6 +53,8 @@ floor: 0.2
 backend: torch
 threads: 1
 reconstruction: none
+sparsity: {pattern: "2:4", permute: false}
+quantization: null
 basis: none
 blocks: none
 max_memory: 1.0e+9
@@ -107,6 +111,8 @@ def test_defaults() -> None:
         "backend": "onnxruntime",
         "threads": None,
         "reconstruction": "auto",
+        "sparsity": None,
+        "quantization": None,
         "basis": "auto",
         "blocks": "none",
         "max_memory": 2**31,
@@ -135,7 +141,7 @@ T = {"macs": 0.5}
 TARGETS = "macs, params, memory, speedup, latency_ms, max_drop, dead"
 KNOWN = (
     "target, criterion, allocation, round_to, keep, groups, ratios, blocks, floor, backend, threads, reconstruction, "
-    "basis, max_memory, keep_class, proof, seed"
+    "sparsity, quantization, basis, max_memory, keep_class, proof, seed"
 )
 
 

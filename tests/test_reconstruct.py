@@ -276,7 +276,7 @@ X = torch.randn(4, 6)
         (None, {"criterion": "obs"}, InputError, "takes calibration data"),
         (None, {"allocation": "spdy"}, InputError, "allocation 'spdy' tries models on calibration data"),
         (None, {"allocation": "amc"}, InputError, "allocation 'amc' tries models on calibration data"),
-        ([X], {"target": {"max_drop": 0.1}}, RecipeError, "target max_drop and `metric`"),
+        ([X], {"target": {"max_drop": 0.1}}, RecipeError, "target max_drop takes `metric`"),
     ],
 )
 def test_what_is_wrong_is_said(calibration: Any, more: dict[str, Any], kind: type[Exception], text: str) -> None:

@@ -40,6 +40,7 @@ def lock(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: the module has no such parameter, or it is of another shape.
 
+    >>> import torch
     >>> layer = nn.Sequential(nn.Linear(4, 1))
     >>> lock(layer, {"0.weight": torch.tensor([[True, False, True, False]])})
     >>> layer(torch.ones(2, 4)).sum().backward()
