@@ -12,14 +12,12 @@ A row is written as soon as it is measured, and a second call goes on where the 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import importlib.util
 import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +39,15 @@ RESULT = Path(__file__).parent / "results" / "gpu.json"
 #: What `fxprune.compile` and this program import, beside torch; a machine that nothing can be installed on may lack it.
 NEEDED = ("numpy", "networkx", "scipy", "pydantic", "yaml", "safetensors", "rich")
 SHARE, MULTIPLE = 0.5, 64
+#: Masks by magnitude, in the order that is there: what is timed does not depend on which weights stay.
+_MASKS = {"sparsity": {"pattern": "2:4", "method": "asp", "permute": False}}
+_SMALLER = {"target": {"macs": SHARE}, "round_to": MULTIPLE}
+#: Each variant's recipe.
+RECIPES: dict[str, dict[str, Any]] = {"pruned": _SMALLER, "2:4": _MASKS, "pruned + 2:4": {**_SMALLER, **_MASKS}}
 ROUNDS, WARMUP = 20, 3
 #: Seconds of one sample: many calls of a small batch, one or a few of a large one.
 SAMPLE = 0.02
-VARIANTS = ("dense", "pruned", "2:4", "pruned + 2:4")
+VARIANTS = ("dense", *RECIPES)
 DEVICE = "cuda"
 HALF = {"device": DEVICE, "dtype": "float16", "cuda_graphs": True}
 #: Route -> the backend, its options, and the batches that it is timed at: compiling takes minutes, replaying does not.
@@ -113,51 +116,21 @@ SUBJECTS = (
 
 
 # ---------------------------------------------------------------------- the variants
-def mask_two_of_four(module: nn.Module) -> list[str]:
-    """Zero, in place, the two smallest of every four weights along the inputs of each linear layer; return their names.
-
-    Layers whose inputs are no multiple of four stay as they are.
-
-    >>> net = nn.Sequential(nn.Linear(4, 1, bias=False))
-    >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, -4.0, 2.0, 3.0]]))
-    >>> mask_two_of_four(net), net[0].weight.tolist()
-    (['0'], [[0.0, -4.0, 0.0, 3.0]])
-    """
-    names = []
-    for name, layer in module.named_modules():
-        if type(layer) is not nn.Linear or layer.in_features % 4:
-            continue
-        weight = layer.weight.data
-        groups = weight.view(len(weight), -1, 4)
-        groups.scatter_(2, groups.abs().topk(2, dim=2, largest=False).indices, 0.0)
-        names.append(name)
-    return names
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # copyreg about torch's own pytree specifications
-        return copy.deepcopy(module)
-
-
 def variants(subject: Subject) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     """Yield the name of each variant, its module on the CPU in float32, and what is known of it before it is timed."""
     import fxprune
 
     torch.manual_seed(0)
     dense = subject.make().eval()
-    start = time.perf_counter()
-    pruned = fxprune.compile(dense, subject.inputs(2), target={"macs": SHARE}, round_to=MULTIPLE, proof="quick", seed=0)
-    seconds = time.perf_counter() - start
-    report = pruned.report
-    smaller = {"macs": report.macs.ratio, "params": report.params.ratio, "compile_s": round(seconds, 2)}
     yield "dense", dense, {"macs": 1.0, "params": 1.0}
-    small = pruned.module.eval()
-    yield "pruned", small, smaller
-    if subject.sparse:
-        for name, module, known in (("2:4", dense, {"macs": 1.0, "params": 1.0}), ("pruned + 2:4", small, smaller)):
-            masked = _copied(module)
-            yield name, masked, known | {"masked": len(mask_two_of_four(masked))}
+    for name, recipe in RECIPES.items():
+        if "sparsity" in recipe and not subject.sparse:
+            continue
+        start = time.perf_counter()
+        pruned = fxprune.compile(dense, subject.inputs(2), recipe, proof="quick", seed=0)
+        seconds, report = time.perf_counter() - start, pruned.report
+        known = {"macs": report.macs.ratio, "params": report.params.ratio, "compile_s": round(seconds, 2)}
+        yield name, pruned.module.eval(), known | {"masked": len(pruned.plan.masks)}
 
 
 # ---------------------------------------------------------------------- one row
