@@ -12,6 +12,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,7 @@ def orders(seeds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-def layers(name: str) -> dict[str, dict[str, tuple[float, float]]]:
+def layers(name: str, say: Callable[[str], None]) -> dict[str, dict[str, tuple[float, float]]]:
     """Return weight -> method -> the relative error of the layer's results, as published and refitted.
 
     The error is the root of the squared error over the results' energy, on the dense model's own inputs.
@@ -98,7 +99,8 @@ def layers(name: str) -> dict[str, dict[str, tuple[float, float]]]:
     known = Statistics(analysis, 0, data, 8 * 2**30)
     moments = gather.collect(known, data, chosen, [], {"moments"}).moments
     result: dict[str, dict[str, tuple[float, float]]] = {}
-    for c in chosen:
+    for number, c in enumerate(chosen):
+        say(f"{name}: layer {number + 1} of {len(chosen)}, {c.weight}")
         matrix = c.matrix(known.weight(c.weight), 1)[0].double()
         free = int(c.bias is not None)
         if c.bias is not None:
@@ -113,13 +115,14 @@ def layers(name: str) -> dict[str, dict[str, tuple[float, float]]]:
     return result
 
 
-def scores(name: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def scores(name: str, methods: dict[str, dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
     """Return the dense model's figures and those of each method."""
     task = TASKS[name]
     model, example = task.model(), task.example
     data = [inputs for inputs, _ in task.calibration(SAMPLES[name])]
     rows: dict[str, Any] = {}
     for label, sparsity in methods.items():
+        say(f"{name}: {label}")
         start = time.perf_counter()
         recipe = {"sparsity": {"pattern": PATTERN, **sparsity}, "reconstruction": "none", "proof": "quick"}
         if label.startswith("ALPS, ordered"):
@@ -195,6 +198,9 @@ def main(
     document: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {}
     document |= {"machine": machine.describe(), "threads": threads, "pattern": PATTERN}
 
+    def say(text: str) -> None:
+        console.print(text, style="dim", highlight=False)
+
     def write() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(document, indent=1) + "\n")
@@ -204,12 +210,12 @@ def main(
     console.print(order_table(document["orders"]))
     for name in [n for n in LAYERS if names is None or n in names]:
         if name not in document.setdefault("layers", {}):
-            document["layers"][name] = layers(name)
+            document["layers"][name] = layers(name, say)
         write()
         console.print(layer_table(name, document["layers"][name]))
     for name in names or SCORES:
         if name not in document.setdefault("scores", {}):
-            document["scores"][name] = scores(name, WHOLE)
+            document["scores"][name] = scores(name, WHOLE, say)
         write()
         console.print(score_table(name, document["scores"][name]))
     console.print(machine.stamp(), style="dim", highlight=False)
