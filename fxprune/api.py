@@ -249,6 +249,8 @@ def _choose(
                         "the plan was made in the basis of principal components: pass the same `calibration`"
                     )
                 captured.notes += _basis(analysis, groups, settings, data)
+        elif not settings.removes:
+            kept = Kept({})
         elif settings.keep_class:
             turned = _basis(analysis, groups, settings, data)
             captured.notes += turned
@@ -263,6 +265,7 @@ def _choose(
                 kept, clocked = meet(scored, admitted.model, args, keywords, backend, clock.say)
             else:
                 kept = scored.kept(*settings.target.cost)
+        if plan is None and not settings.target.dead:  # constants are folded in the order that is there
             kept, notes = _ordered(analysis, groups, kept, settings, data is not None)
             captured.notes += notes
         chosen = _plan(analysis, groups, kept, costs, settings, plan, biases)
@@ -278,8 +281,7 @@ def _basis(analysis: Analysis, groups: list[Group], settings: Recipe, data: Any)
     from fxprune.passes.basis import principal
     from fxprune.select import say
 
-    removes = settings.target.cost[1] < 1 or settings.target.clocked or settings.target.max_drop is not None
-    if settings.basis == "none" or data is None or not removes:
+    if settings.basis == "none" or data is None or not settings.removes:
         return []
     said = say(analysis, groups, settings)
     changed = principal(

@@ -153,6 +153,13 @@ class Recipe(BaseModel):
     proof: Literal["full", "quick"] = "full"
     seed: int = 0
 
+    @property
+    def removes(self) -> bool:
+        """Whether units are to be removed at all: a sparsity or a quantization alone leaves every width as it is."""
+        target = self.target
+        wanted = target.cost[1] < 1 or target.clocked or target.max_drop is not None or target.dead
+        return wanted or bool(self.ratios) or self.blocks != "none"
+
     @field_validator("keep", "groups", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:

@@ -402,6 +402,16 @@ def test_kept_layers_stay_whole() -> None:
     assert "qkv.weight" in pruned.plan.masks
 
 
+def test_behind_the_removal_of_dead_units() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    with torch.no_grad():
+        model[0].weight[:16] = 0
+    pruned = fxprune.compile(model, torch.randn(2, 8), target={"dead": True}, sparsity="2:4")
+    assert pruned.module.get_parameter("2.weight").shape == (4, 16)
+    assert float((pruned.module.get_parameter("2.weight") != 0).float().mean()) == 0.5
+
+
 def test_tied_weights_stay_whole() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
