@@ -15,10 +15,7 @@ import functools
 import inspect
 import os
 import re
-import shutil
-import tempfile
 import warnings
-import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,11 +35,11 @@ from fxprune.backends.base import (
     Runner,
     bind_arguments,
     call_arguments,
-    check_parity,
     forward_signature,
     tensors_of,
 )
-from fxprune.backends.dynamic import named_leaves, other_sizes, resized, sizes, sizes_to_trace, split
+from fxprune.backends.building import into_file, parity_at_sizes
+from fxprune.backends.dynamic import named_leaves, resized, sizes, sizes_to_trace, split
 from fxprune.backends.flat import FlatModule
 from fxprune.backends.place import Placement, as_float32, home
 from fxprune.backends.torch import DTYPES, no_compiler, no_cuda, num_threads
@@ -341,17 +338,9 @@ class AotBackend(Backend):
     ) -> AotRunner:
         if path is not None and path.suffix != ENDING:
             raise BackendError(f"a package of torch ends in {ENDING}, which '{path.name}' does not")
-        file = path or Path(tempfile.mkdtemp(prefix="fxprune-")) / f"model{ENDING}"
-        try:
-            runner = self._package(module, args, kwargs, threads, dynamic, file)
-        except BaseException:
-            if path is None:
-                shutil.rmtree(file.parent, ignore_errors=True)
-            raise
-        if path is None:
-            weakref.finalize(runner, shutil.rmtree, file.parent, ignore_errors=True)
-        runner.path = path
-        return runner
+        return into_file(
+            path, f"model{ENDING}", lambda file: self._package(module, args, kwargs, threads, dynamic, file)
+        )
 
     def _package(
         self,
@@ -376,15 +365,9 @@ class AotBackend(Backend):
         with num_threads(threads):  # the number is compiled in
             package(flat, [t.contiguous() for t in tensors.values()], [dynamic.get(n, {}) for n in tensors], file)
         runner = AotRunner(self, file, signature, leaves, threads, dynamic)
-        trials = [(args, kwargs)]
-        if dynamic:
-            trials.append(resized(signature, args, kwargs, dynamic, other_sizes(given)))
-        found = []
-        for positional, named in trials:
-            outputs = runner.run(*positional, **named)
-            wanted = reference.arguments(bind_arguments(signature, positional, named))
-            found.append(check_parity(self.name, module, wanted, outputs, self.placement.tolerance))
-        runner.parity = Parity(max(parity.max_abs for parity in found), max(parity.max_rel for parity in found))
+        runner.parity = parity_at_sizes(
+            self.name, module, runner, args, kwargs, dynamic, self.placement.tolerance, placed=reference.arguments
+        )
         return runner
 
 

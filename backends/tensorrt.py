@@ -29,7 +29,8 @@ from fxprune.backends.base import (
     forward_signature,
     inference_copy,
 )
-from fxprune.backends.dynamic import BATCH, named_leaves, places, resized, sizes
+from fxprune.backends.building import parity_at_sizes
+from fxprune.backends.dynamic import BATCH, named_leaves, places, sizes
 from fxprune.backends.engine_builder import Built, Order, build, errors, library, messages
 from fxprune.backends.engine_runner import EngineRunner
 from fxprune.backends.engines import Engine, Profile, Shape
@@ -250,16 +251,9 @@ class TensorRTBackend(Backend):
             )
             runner = self._runner(engine, threads, signature, (args, kwargs))
         runner.path = path
-        trials = [(args, kwargs)]
-        if dynamic:
-            other = {n: size + 1 if n == BATCH else size for n, size in sizes(signature, args, kwargs, dynamic).items()}
-            trials.append(resized(signature, args, kwargs, dynamic, other))
-        found = []
-        for given in trials:
-            outputs = runner.run(*given[0], **given[1])
-            wanted = bind_arguments(signature, *given)
-            found.append(check_parity(self.name, module, wanted, outputs, TOLERANCES[engine.dtype]))
-        runner.parity = max(found, key=lambda parity: parity.max_rel)
+        runner.parity = parity_at_sizes(
+            self.name, module, runner, args, kwargs, dynamic, TOLERANCES[engine.dtype], other=_more_rows
+        )
         return runner
 
     def _runner(
@@ -310,6 +304,11 @@ class TensorRTBackend(Backend):
                 return ()
             inspector = opened.create_engine_inspector()
             return engines.layers_in_json(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _more_rows(given: Mapping[str, int]) -> dict[str, int]:
+    """Return sizes with one more row; of others the example's is the largest that an engine is built for."""
+    return {name: size + 1 if name == BATCH else size for name, size in given.items()}
 
 
 def _listed(wanted: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -353,10 +353,10 @@ def _compile(
                 analysis, kept, rewritten, chosen.data, method, statistics=known, **options
             )
     plan, done, more = chosen.plan, None, list[str]()
+    work = _work(args, keywords, settings, chosen, rewritten, metric)
     wanted = sparsify.settings(settings, chosen.data is not None)
     if wanted is not None:
         with clock.stage("sparsify"):
-            work = _work(args, keywords, settings, chosen, rewritten, metric)
             done = steps.sparsify(work, wanted, plan.masks)
             plan = dataclasses.replace(plan, masks=Masks(done.masks))
             refitted, tuned = done.refitted or refitted, done.tuned or tuned
@@ -372,7 +372,6 @@ def _compile(
     shrunk: Step | None = None
     if int8 is not None:
         with clock.stage("quantize"):
-            work = _work(args, keywords, settings, chosen, rewritten, metric)
             shrunk, file = quantization.quantize(work, int8)
     if settings.keep_class and (refitted or done is not None):
         written = module_like(model, analysis, kept, rewritten.module, settings.seed)
