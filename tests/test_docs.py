@@ -79,15 +79,28 @@ def test_every_target_is_explained(key: str) -> None:
 
 
 # ---------------------------------------------------------------------- the command line
+def row(parameter: Any) -> str:
+    """Return the row of an option in docs/cli.md."""
+    value = f" {parameter.metavar}" if parameter.metavar else ""
+    names = [*(f"`{name}{value}`" for name in parameter.opts), *(f"`{name}`" for name in parameter.secondary_opts)]
+    return f"| {', '.join(names)} | {parameter.help} |"
+
+
 def test_every_command_and_option_is_on_the_page_of_the_command_line() -> None:
-    sections = dict(re.findall(r"^## fxprune (\w+)\n(.*?)(?=^## |\Z)", PAGES["cli.md"], re.MULTILINE | re.DOTALL))
+    """What fails here says what to add and where, ready to be pasted."""
+    sections = dict(re.findall(r"^## fxprune ([\w-]+)\n(.*?)(?=^## |\Z)", PAGES["cli.md"], re.MULTILINE | re.DOTALL))
+    group: Any = typer.main.get_command(cli.app)
     missing = []
-    for name, options in commands().items():
-        if name and f"](#fxprune-{name})" not in PAGES["cli.md"]:
-            missing.append(f"`fxprune {name}` in the table of commands, with a link to a section '## fxprune {name}'")
-        where = sections.get(name, "") if name else PAGES["cli.md"]
-        place = f"section '## fxprune {name}'" if name else "the text above the sections"
-        missing += [f"`{o}` in the {place}" for o in sorted(options - {"--help", "-h"}) if f"`{o}" not in where]
+    for name, command in group.commands.items():
+        if f"](#fxprune-{name})" not in PAGES["cli.md"]:
+            about = (command.help or "").partition("\n")[0]
+            missing.append(f"to the table of commands: | [`fxprune {name}`](#fxprune-{name}) | {about} |")
+            missing.append(f"a section '## fxprune {name}' with a table of its options, as the others have it")
+        for parameter in command.params:
+            options = [o for o in (*parameter.opts, *parameter.secondary_opts) if o.startswith("-")]
+            if not all(f"`{o}" in sections.get(name, "") for o in options):
+                missing.append(f"to section '## fxprune {name}': {row(parameter)}")
+    missing += [f"`{o}` above the sections" for o in sorted(commands()[""]) if f"`{o}`" not in PAGES["cli.md"]]
     assert not missing, "docs/cli.md lacks:\n  " + "\n  ".join(missing)
     gone = sections.keys() - commands().keys()
     assert not gone, f"docs/cli.md has sections of commands that do not exist: {', '.join(gone)}"
