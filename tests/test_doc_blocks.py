@@ -22,6 +22,7 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 import fxprune
+from fxprune import passes, rules
 from fxprune.rules.core import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -85,19 +86,19 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory that is thrown away; what a page registers is forgotten, its threads and gradients too."""
+    """A working directory that is thrown away; what a page registers is forgotten."""
     from fxprune.backends import BACKENDS
-    from fxprune.passes import ALLOCATORS, CRITERIA, load
+    from fxprune.passes import ALLOCATORS, CRITERIA
 
-    load()
+    rules.load()
+    passes.load()
     monkeypatch.chdir(tmp_path)
     tables: list[dict[Any, Any]] = [RULES, *(r._items for r in (BACKENDS, CRITERIA, ALLOCATORS))]
-    before, threads = [dict(table) for table in tables], torch.get_num_threads()
+    before = [set(table) for table in tables]
     yield
-    torch.set_num_threads(threads)
-    for table, items in zip(tables, before, strict=True):
-        table.clear()
-        table.update(items)
+    for table, known in zip(tables, before, strict=True):
+        for name in table.keys() - known:
+            del table[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
