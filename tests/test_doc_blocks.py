@@ -110,4 +110,4 @@ def test_the_blocks_of_a_page_run(page: Path, somewhere: None) -> None:
 def test_few_blocks_are_left_out() -> None:
     """And each says why: the reason is what `NOT_RUN` asks for."""
     left_out = {page: sum(bool(NOT_RUN.search(b.document.text[: b.start])) for b in blocks(page)) for page in PAGES}
-    assert sum(left_out.values()) <= 14, {str(page): n for page, n in left_out.items() if n}
+    assert sum(left_out.values()) <= 16, {str(page): n for page, n in left_out.items() if n}
