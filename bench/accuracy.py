@@ -82,7 +82,8 @@ class Place:
 
     def build(self, module: nn.Module) -> Runner:
         """Build a model on the backend."""
-        return BACKENDS[BACKEND].build(module, self.example, threads=self.threads)
+        dynamic = self.task.dynamic or True
+        return BACKENDS[BACKEND].build(module, self.example, threads=self.threads, dynamic=dynamic)
 
     def speed(self, runner: Runner, rounds: int = 15) -> float:
         """Return how many times faster than the dense model a built one is."""
@@ -111,7 +112,9 @@ def own(place: Place, method: str, speedup: float) -> tuple[nn.Module, dict[str,
     recipe = {"target": {"speedup": speedup}, "threads": place.threads, "proof": "quick", **OWN[method]}
     data = None if method.endswith("magnitude") else [inputs for inputs, _ in place.data]
     start = time.perf_counter()
-    pruned = fxprune.compile(place.model, place.example, recipe=recipe, calibration=data)
+    pruned = fxprune.compile(
+        place.model, place.example, recipe=recipe, calibration=data, dynamic_shapes=place.task.dynamic
+    )
     clocked = pruned.report.clocked
     assert clocked is not None
     about = {

@@ -90,7 +90,7 @@ def layers(name: str, say: Callable[[str], None]) -> dict[str, dict[str, tuple[f
     """
     task = TASKS[name]
     model, example = task.model(), task.example
-    analysis = analyse(capture(model, example, {}))
+    analysis = analyse(capture(model, example, {}, task.dynamic))
     groups = find_groups(analysis)
     shape = pattern(PATTERN)
     recipe = read_recipe({"sparsity": PATTERN})
@@ -127,7 +127,7 @@ def scores(name: str, methods: dict[str, dict[str, Any]], say: Callable[[str], N
         recipe = {"sparsity": {"pattern": PATTERN, **sparsity}, "reconstruction": "none", "proof": "quick"}
         if label.startswith("ALPS, ordered"):
             recipe = {"sparsity": {"pattern": PATTERN, **sparsity}, "proof": "quick"}
-        pruned = fxprune.compile(model, example, recipe, calibration=data)
+        pruned = fxprune.compile(model, example, recipe, calibration=data, dynamic_shapes=task.dynamic)
         rows[label] = {"measures": task.measures(pruned.module), "seconds": time.perf_counter() - start}
         step = pruned.report.steps[0]
         rows[label]["error"] = step.error[1] if step.error else None
