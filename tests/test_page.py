@@ -44,11 +44,14 @@ class Net(nn.Module):
         super().__init__()
         self.stem, self.attention = nn.Linear(8, 32), Attention()
         self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+        self.more = nn.ModuleList(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.attention(x)
         x = x + self.down(torch.relu(self.up(x)))
+        for block in self.more:
+            x = x + block(x)
         return self.head(x.mean(1)).cumsum(1)
 
 
