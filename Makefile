@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make test TORCH_ARGS='--index-url ...'
 TORCH_ARGS ?=
 
-.PHONY: .venv test gpu-test lint fuzz zoo demo wheel clean
+.PHONY: .venv test gpu-test lint fuzz zoo demo docs wheel clean
 
 .venv: $(BIN)/fxprune
 
@@ -27,6 +27,7 @@ gpu-test: .venv
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --preview --check docs README.md
 	$(BIN)/mypy
 
 fuzz: .venv
@@ -37,6 +38,11 @@ zoo: .venv
 
 demo: .venv
 	$(BIN)/python -m bench.demo
+
+# The documentation site, in build/site. A warning is an error.
+docs: .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: .venv
 	$(BIN)/python -m build

@@ -1,0 +1,113 @@
+"""Every Python block of the README and of `docs/`, run as a reader would: page by page, from the top down.
+
+A `text` block shows what the Python block before it prints, and is compared; "..." stands for anything. A block is left
+out only where the line before it says so, with the reason: `<!-- not run: reason -->`, or, to be read on the page,
+`*Not run by the tests: reason.*`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+
+import fxprune
+from fxprune import passes, rules
+from fxprune.rules.core import RULES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+pytestmark = [
+    # torch's own, when its oneDNN switches are set, and when a module with a tree specification is copied
+    pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.onnx, transformers and the like
+]
+
+NOT_RUN = re.compile(r"(?:<!-- not run: .+? -->|\*Not run by the tests: .+?\*)\s*\Z", re.DOTALL)
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def blocks(page: Path) -> list[Example]:
+    """Return the Python and text blocks of a page in their order."""
+    printed: dict[str, str] = {}
+
+    def run(example: Example) -> None:
+        if NOT_RUN.search(example.document.text[: example.start]):
+            return
+        heading = HEADING.findall(example.document.text[: example.start])[-1:]
+        for setup in map(SETUPS.get, (f"{page.name}: {h}" for h in heading)):
+            if setup is not None:
+                example.namespace.update(setup())
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            PythonEvaluator()(example)
+        printed["last"] = out.getvalue()
+
+    def compare(example: Example) -> None:
+        assert "last" in printed, f"line {example.line}: no block before it was run"
+        checker, found = doctest.OutputChecker(), printed.pop("last")
+        if not checker.check_output(example.parsed, found, _FLAGS):
+            difference = checker.output_difference(doctest.Example("", example.parsed), found, _FLAGS)
+            raise AssertionError(f"{page.relative_to(ROOT)}, line {example.line}: {difference}")
+
+    document = Sybil([CodeBlockParser("python", run), CodeBlockParser("text", compare)]).parse(page)
+    document.namespace["__name__"] = "__main__"
+    return list(document.examples())
+
+
+def _llama() -> dict[str, Any]:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    inputs = {"input_ids": torch.randint(0, 64, (2, 8)), "use_cache": False}
+    return {"fxprune": fxprune, "model": transformers.LlamaForCausalLM(config).eval(), "inputs": inputs}
+
+
+#: What a block under this heading of the README takes for granted.
+SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md: The original class": _llama,
+}
+
+
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working directory that is thrown away; what a page registers is forgotten."""
+    from fxprune.backends import BACKENDS
+    from fxprune.passes import ALLOCATORS, CRITERIA
+
+    rules.load()
+    passes.load()
+    monkeypatch.chdir(tmp_path)
+    tables: list[dict[Any, Any]] = [RULES, *(r._items for r in (BACKENDS, CRITERIA, ALLOCATORS))]
+    before = [set(table) for table in tables]
+    yield
+    for table, known in zip(tables, before, strict=True):
+        for name in table.keys() - known:
+            del table[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run(page: Path, somewhere: None) -> None:
+    for example in blocks(page):
+        example.evaluate()
+
+
+def test_few_blocks_are_left_out() -> None:
+    """And each says why: the reason is what `NOT_RUN` asks for."""
+    left_out = {page: sum(bool(NOT_RUN.search(b.document.text[: b.start])) for b in blocks(page)) for page in PAGES}
+    assert sum(left_out.values()) <= 14, {str(page): n for page, n in left_out.items() if n}
