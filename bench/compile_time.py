@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import fxprune
-from bench import machine
+from bench import document, machine
 from bench.models import MODELS, TIMED
 from bench.peers import torch_pruning
 
@@ -169,6 +169,7 @@ def table(models: dict[str, Any], repeats: int) -> Table:
 def main(
     models: Annotated[str, typer.Option(help="names of bench.models, with commas between")] = ",".join(TIMED),
     repeats: Annotated[int, typer.Option(min=1, help="rounds that count")] = 5,
+    resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "compile_time.json",
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -184,18 +185,19 @@ def main(
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    results = {}
+    about = document.opened(file, resume, repeats=repeats, share=SHARE, ratio=RATIO)
+    about |= {"machine": machine.describe()}
+    results = about.setdefault("models", {})
     for name in names:
-        with console.status(name):
-            results[name] = measure(name, repeats)
+        if name not in results:
+            with console.status(name):
+                results[name] = measure(name, repeats)
+            document.write(file, about)
         for tool in TOOLS:
             if "error" in (row := results[name].get(tool, results[name])):
                 console.print(f"{tool} fails on {name}: {row['error']}", markup=False)
     console.print(table(results, repeats))
     console.print(machine.stamp(), style="dim", highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine.describe(), "repeats": repeats, "share": SHARE, "ratio": RATIO, "models": results}
-    file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
