@@ -47,7 +47,14 @@ def page(console: Console) -> None:
     table.add_column("GPU")
     for suite in SUITES.values():
         times = map(_minutes, suite.minutes)
-        cells = (suite.name, suite.what, suite.peers, "\n".join(suite.files), *times, "needs one" if suite.gpu else "no")
+        cells = (
+            suite.name,
+            suite.what,
+            suite.peers,
+            "\n".join(suite.files),
+            *times,
+            "needs one" if suite.gpu else "no",
+        )
         table.add_row(*map(Text, cells))
     console.print(table)
     for suite in SUITES.values():
@@ -55,10 +62,10 @@ def page(console: Console) -> None:
             console.print(Text(f"{suite.name}: {note}"))
     quick = sum(suite.minutes[1] for suite in SUITES.values())
     console.print(
-        f"Times are for two cores. Files lie in bench/results; `--quick` runs a little of every suite that needs no GPU "
-        f"in about {_minutes(quick)} and writes to {QUICK_RESULTS}/ (`--out`); `--resume` goes on from an interruption. "
-        "`python -m bench.NAME --help` has each program's own options, `python -m bench.readme` puts the figures into "
-        "README.md.",
+        "Times are for two cores. Files lie in bench/results. `--quick` runs a little of all that need no GPU, "
+        f"in about {_minutes(quick)}, and writes to {QUICK_RESULTS}/ (`--out`). `--resume` goes on from an "
+        "interruption. `python -m bench.NAME --help` has each program's own options; `python -m bench.readme` puts the "
+        "figures into README.md.",
         highlight=False,
         markup=False,
     )
@@ -85,7 +92,9 @@ def run(suite: Suite, folder: Path, quick: bool, resume: bool, console: Console)
 
 def main(
     suites: Annotated[list[str] | None, typer.Argument(help="Names; without any, a page that lists them.")] = None,
-    quick: Annotated[bool, typer.Option(help="A little of each: of all that need no GPU, where none is named.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A little of each: of all that need no GPU, where none is named.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the files that are there.")] = False,
     out: Annotated[
         Path | None,
@@ -121,7 +130,9 @@ def main(
             raise typer.Exit(130) from None
         failed |= reason is not None
         result = reason or ", ".join(str(folder / file) for file in suite.files)
-        table.add_row(Text(suite.name), Text(result, style="red" if reason else ""), f"{(time.monotonic() - start) / 60:.1f}")
+        table.add_row(
+            Text(suite.name), Text(result, style="red" if reason else ""), f"{(time.monotonic() - start) / 60:.1f}"
+        )
     console.print(table)
     if failed:
         raise typer.Exit(1)

@@ -21,9 +21,8 @@ def opened(file: Path, resume: bool, **settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {}
     for name, value in settings.items():
         if found.setdefault(name, value) != value:
-            raise typer.BadParameter(
-                f"{file.name} was measured with {name} {found[name]!r}, not {value!r}: name another file, or do not resume"
-            )
+            said = f"{file.name} was measured with {name} {found[name]!r}, not {value!r}"
+            raise typer.BadParameter(f"{said}: name another file, or do not resume")
     return found
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 _PACKAGES = ("torch", "onnxruntime", "timm", "transformers")
+#: Tools that are compared with.
+_PEERS = ("torch-pruning", "nvidia-modelopt", "onnxsim")
 
 
 def _processor() -> str:
@@ -42,15 +44,15 @@ def describe() -> dict[str, str | int]:
 
     No host name and no path. Versions are read from the installed packages' metadata, so nothing heavy is imported.
 
-    >>> sorted(describe())
-    ['cores', 'date', 'onnxruntime', 'processor', 'python', 'threads', 'timm', 'torch', 'transformers']
+    >>> set(describe()) >= {"cores", "date", "processor", "python", "threads", "timm", "torch", "torch-pruning"}
+    True
     """
     return {
         "processor": _processor(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in (*_PACKAGES, *_PEERS)},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -58,6 +60,6 @@ def describe() -> dict[str, str | int]:
 def stamp() -> str:
     """Return `describe()` as one line; packages that are not installed are left out."""
     about = describe()
-    versions = [f"{name} {about[name]}" for name in ("python", *_PACKAGES) if about[name] != "not installed"]
+    versions = [f"{name} {about[name]}" for name in ("python", *_PACKAGES, *_PEERS) if about[name] != "not installed"]
     size = f"{about['cores']} cores, {about['threads']} threads"
     return f"{about['processor']}, {size}; {', '.join(versions)}; {about['date']}"

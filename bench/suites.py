@@ -102,7 +102,7 @@ _ALL = (
     ),
     Suite(
         name="coverage",
-        what="how many architectures are pruned, run and are proved equal to the masked model; what stays whole and why",
+        what="how many architectures are pruned, run and are proved equal to the masked model; what stays whole, why",
         peers="Torch-Pruning",
         steps=(
             Step(
@@ -126,7 +126,7 @@ _ALL = (
                 quick=(
                     *("digits_resnet", "--speedup", "2", "--samples", "128"),
                     *("--method", "fxprune", "--method", "Torch-Pruning magnitude", "--method", "torch masks"),
-                    *("--method", "ModelOpt FastNAS", "--method", "onnxsim"),
+                    *("--method", "ModelOpt FastNAS", "--method", "onnxsim magnitude"),
                 ),
             ),
         ),
@@ -156,7 +156,7 @@ _ALL = (
         name="patterns",
         what="2:4: the error of each layer and what is left of the score by each way to choose masks; "
         "what orders of channels win",
-        peers="ModelOpt (2:4 by magnitude and SparseGPT), onnxsim (2:4 by Wanda)",
+        peers="ModelOpt and onnxsim (2:4 by magnitude, Wanda, SparseGPT)",
         steps=(
             Step(
                 "bench.patterns",
@@ -167,8 +167,8 @@ _ALL = (
         minutes=(60, 2),
         needs=("sklearn", "transformers"),
         notes=(
-            "The row SparseGPT is fxprune's `method: sparsegpt`, the published algorithm, which is what llm-compressor's "
-            "SparseGPTModifier runs, too.",
+            "The row SparseGPT is fxprune's `method: sparsegpt`, the published algorithm, which is what "
+            "llm-compressor's SparseGPTModifier runs, too.",
         ),
     ),
     Suite(
