@@ -176,7 +176,7 @@ _ALL = (
         what="peak memory of pruning; bytes of the weights and of the ONNX file; peak memory of onnxruntime, dense and "
         "pruned",
         peers="Torch-Pruning",
-        steps=(Step("bench.memory", "memory.json", quick=("mobilenetv3_small_050",)),),
+        steps=(Step("bench.memory", "memory.json", quick=("mobilenetv3_small_050", "--repeats", "1")),),
         minutes=(10, 1.5),
         needs=("torch_pruning", "timm", "transformers", "onnxruntime", "onnxscript"),
     ),
