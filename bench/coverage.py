@@ -251,7 +251,7 @@ def main(
         raise typer.BadParameter(f"no model of {', '.join(shelf or zoo.SHELVES)} matches {models}")
     data: dict[str, Any] = json.loads(output.read_text()) if resume and output.exists() else {}
     rows: dict[str, dict[str, Any]] = data.setdefault("rows", {})
-    data["machine"] = machine.describe()
+    data |= {"machine": machine.describe(), "threads": threads}
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(wanted))
         for place, name in wanted:
