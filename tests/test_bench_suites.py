@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from bench import __main__ as program
-from bench import accuracy, compile_time, document, memory, patterns, resident
+from bench import accuracy, compile_time, document, memory, patterns, readme_tables, resident, suites
 from bench.models import MODELS, ReferenceModel
 from bench.peers import modelopt, onnxsim, torch_masks
 from bench.suites import RESULTS, SUITES, Step, Suite
@@ -106,6 +108,12 @@ def test_the_page_lists_every_suite(bench: Any) -> None:
         "needs one",
     ):
         assert word in said.output
+
+
+@pytest.mark.parametrize("module", [program, suites, document, memory, readme_tables, torch_masks, accuracy, patterns])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 # ---------------------------------------------------------------------- running

@@ -33,8 +33,8 @@ def missing(search: bool = False) -> str | None:
     try:
         with _silent():
             importlib.import_module("modelopt.torch.sparsity")
-    except ImportError as error:
-        return f"nvidia-modelopt cannot be imported: {error} ({_INSTALL})"
+    except Exception as error:  # a package that it needs, or another version of one
+        return f"nvidia-modelopt cannot be imported: {type(error).__name__}: {error} ({_INSTALL})"
     if not search:
         return None
     try:

@@ -6,6 +6,7 @@ No shape changes: what it costs in accuracy can be compared, and the time is tha
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection
 
 from torch import nn
@@ -20,7 +21,7 @@ def share(speedup: float) -> float:
     >>> share(4.0)
     0.5
     """
-    return 1 - float(speedup) ** -0.5
+    return 1 - 1 / math.sqrt(speedup)
 
 
 def prune(model: nn.Module, amount: float, ignored: Collection[str] = ()) -> nn.Module:
