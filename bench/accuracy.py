@@ -303,7 +303,7 @@ def flops(module: nn.Module, example: Inputs) -> int:
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*example)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _failed(error: Exception) -> dict[str, Any]:

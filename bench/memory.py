@@ -107,7 +107,7 @@ def measure(name: str, small: bool, batch: int, threads: int, repeats: int) -> d
 
 def _repeated(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
     """Return what several runs give, their peaks in one list, or the first error."""
-    found = []
+    found: list[dict[str, Any]] = []
     for _ in range(repeats):
         found.append(run())
         if "error" in found[-1]:
