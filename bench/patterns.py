@@ -62,6 +62,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "ALPS": {"method": "alps", "permute": False},
     "ALPS, ordered (default)": {"method": "alps"},
 }
+#: What stands under the tables of scores.
+SPARSEGPT = "SparseGPT: the published algorithm, which llm-compressor's SparseGPTModifier runs, too"
 #: Other tools' masks: row -> why the tool cannot run here, and what it makes of a model.
 Peer = Callable[[nn.Module, Inputs, list[Inputs], Path], nn.Module]
 PEERS: dict[str, tuple[Callable[[], str | None], Peer]] = {
@@ -225,7 +227,8 @@ def layer_table(name: str, found: dict[str, dict[str, tuple[float, float]]]) -> 
 def score_table(name: str, found: dict[str, Any]) -> Table:
     """Return the scores of a task."""
     keys = list(found["dense"])
-    table = Table(title=f"{name} in {PATTERN}: {found['unit']}; {found['samples']} samples, no training")
+    title = f"{name} in {PATTERN}: {found['unit']}; {found['samples']} samples, no training"
+    table = Table(title=title, caption=SPARSEGPT)
     for column in ("method", *keys, "error of the outputs", "zeros", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     table.add_row("dense", *(f"{found['dense'][k]:.4f}" for k in keys), "", "", "")

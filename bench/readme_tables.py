@@ -245,6 +245,7 @@ def patterns(documents: Documents) -> list[str]:
             cells.append(_score(measure, row["measures"][measure]) if "measures" in row else "fails" if row else "-")
         rows.append([label, *cells])
     lines = [f"What is left in {document['pattern']}, without training:", "", *_table(head, rows)]
+    lines += ["", "SparseGPT is the published algorithm, which llm-compressor's SparseGPTModifier runs, too."]
     for label, reason in failed.items():
         lines += ["", f"{label}: {reason}"]
     for row in document.get("orders", [])[:1]:
