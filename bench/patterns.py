@@ -64,16 +64,13 @@ WHOLE: dict[str, dict[str, Any]] = {
 }
 #: What stands under the tables of scores.
 SPARSEGPT = "SparseGPT: the published algorithm, which llm-compressor's SparseGPTModifier runs, too"
-#: Other tools' masks: row -> why the tool cannot run here, and what it makes of a model.
 Peer = Callable[[nn.Module, Inputs, list[Inputs], Path], nn.Module]
-PEERS: dict[str, tuple[Callable[[], str | None], Peer]] = {
-    "ModelOpt magnitude": (modelopt.missing, lambda m, _, data, __: modelopt.sparsify(m, "sparse_magnitude", data)),
-    "ModelOpt SparseGPT": (modelopt.missing, lambda m, _, data, __: modelopt.sparsify(m, "sparsegpt", data)),
-    "onnxsim Wanda": (onnxsim.missing, lambda m, x, data, to: onnxsim.prune(m, x, 0.5, "2:4 wanda", data, to, 1)),
-    "onnxsim SparseGPT": (
-        onnxsim.missing,
-        lambda m, x, data, to: onnxsim.prune(m, x, 0.5, "2:4 sparsegpt", data, to, 1),
-    ),
+#: Other tools' masks: row -> what the tool makes of a model, given its example, data and a folder for files.
+PEERS: dict[str, Peer] = {
+    "ModelOpt magnitude": lambda model, _, data, __: modelopt.sparsify(model, "sparse_magnitude", data),
+    "ModelOpt SparseGPT": lambda model, _, data, __: modelopt.sparsify(model, "sparsegpt", data),
+    "onnxsim Wanda": lambda model, x, data, to: onnxsim.prune(model, x, 0.5, "2:4 wanda", data, to, 1),
+    "onnxsim SparseGPT": lambda model, x, data, to: onnxsim.prune(model, x, 0.5, "2:4 sparsegpt", data, to, 1),
 }
 
 
@@ -157,14 +154,14 @@ def scores(
         rows[label] |= {"error": step.error[1] if step.error else None, "zeros": zeros(pruned.module)}
     for label in peers:
         say(f"{name}: {label}")
-        missing, make = PEERS[label]
-        if (reason := missing()) is not None:
+        reason = modelopt.missing() if label.startswith("ModelOpt") else onnxsim.missing()
+        if reason is not None:
             rows[label] = {"failed": reason}
             continue
         start = time.perf_counter()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                sparse = make(model, example, data, Path(folder))
+                sparse = PEERS[label](model, example, data, Path(folder))
                 seconds = time.perf_counter() - start
                 rows[label] = {"measures": task.measures(sparse), "seconds": seconds, "zeros": zeros(sparse)}
         except Exception as error:  # whatever it raises is the result
