@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -251,8 +252,8 @@ def test_the_memory_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # ---------------------------------------------------------------------- other tools
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> accuracy.Place:
+@pytest.fixture(scope="module")
+def place() -> Iterator[accuracy.Place]:
     """Return a small untrained ResNet on digits, in the place of a task."""
     pytest.importorskip("sklearn")
     pytest.importorskip("onnxruntime")
@@ -262,8 +263,9 @@ def place(monkeypatch: pytest.MonkeyPatch) -> accuracy.Place:
         return digits.resnet(widths=(8, 16, 16)).eval()
 
     task = digits.as_task("tiny", build)
-    monkeypatch.setitem(accuracy.TASKS, "tiny", task)
-    return accuracy.Place("tiny", task, threads=1, samples=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(accuracy.TASKS, "tiny", task)
+        yield accuracy.Place("tiny", task, threads=1, samples=16)
 
 
 def test_masks_leave_the_speed_and_what_is_not_installed_is_a_row(
