@@ -8,14 +8,23 @@ TORCH_ARGS ?=
 
 .PHONY: .venv test gpu-test lint fuzz zoo demo docs wheel clean
 
-.venv: $(BIN)/fxprune
+.venv: $(VENV)/installed-dev
 
-# torch goes in first and alone, so that the other packages find a CPU build in place and pull no CUDA one. The command
-# `fxprune` is the last thing installed: where it is missing, the environment is incomplete.
-$(BIN)/fxprune:
+# torch goes in first and alone, so that the other packages find a CPU build in place and pull no CUDA one.
+$(VENV)/installed-torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch==2.13.0
+	touch $@
+
+# What tests, lint and benchmarks take.
+$(VENV)/installed-dev: $(VENV)/installed-torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# What the demo takes, which is less; enough is there where the other is.
+$(VENV)/installed-demo: $(VENV)/installed-torch
+	test -e $(VENV)/installed-dev || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -36,7 +45,7 @@ fuzz: .venv
 zoo: .venv
 	$(BIN)/python -m bench.coverage
 
-demo: .venv
+demo: $(VENV)/installed-demo
 	$(BIN)/python -m bench.demo
 
 # The documentation site, in build/site. A warning is an error.

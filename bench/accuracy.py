@@ -1,14 +1,17 @@
 """`python -m bench.accuracy [TASK ...]`: what accuracy is left at which measured speed, without any training.
 
-Each task of `bench.tasks` is pruned to each speed-up by fxprune and by Torch-Pruning, whose ratio is searched until its
-model is as fast on the clock. All models of a task and a speed-up are then timed in turns with the dense one in a
-single run, and scored on held-out data. The JSON file is written after each speed-up; `--resume` goes on from it.
+Each task of `bench.tasks` is pruned to each speed-up by fxprune and by other tools (Torch-Pruning, ModelOpt's FastNAS,
+onnxsim), whose ratio is searched until their model is as fast on the clock. `torch.nn.utils.prune` only writes zeros:
+it is given the share of channels that a model of so many MACs would lack. All models of a task and a speed-up are then
+timed in turns with the dense one in a single run, and scored on held-out data. What cannot run is a row with its
+reason. The JSON file is written after each speed-up; `--resume` goes on from it.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,10 +24,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from bench import machine
-from bench.peers import torch_pruning
+from bench import document, machine
+from bench.peers import modelopt, onnxsim, torch_masks, torch_pruning
 from bench.tasks import TASKS
 from bench.tasks.task import Inputs, Labelled, Task
 from fxprune.backends import BACKENDS
@@ -56,12 +60,15 @@ PEERS: dict[str, torch_pruning.Importance] = {
     "Torch-Pruning Taylor": "taylor",
     "Torch-Pruning Hessian": "hessian",
 }
+#: Other tools, of one row each.
+OTHERS = ("torch masks", "ModelOpt FastNAS", "onnxsim magnitude", "onnxsim Wanda")
+METHODS = (*OWN, *PEERS, *OTHERS)
 _ROUND = 8
-#: Builds that the search for Torch-Pruning's ratio takes at most.
+#: Builds that the search for another tool's ratio takes at most.
 _TRIES = 6
 #: A speed-up is met when the clock says at most this much else.
 _NEAR = 0.03
-#: The per-sample gradients of the Hessian are taken of so many samples.
+#: The per-sample gradients of the Hessian are taken of so many samples; FastNAS scores each of its candidates on them.
 _HESSIAN = 128
 
 
@@ -81,8 +88,11 @@ class Place:
         self.dense = self.build(self.model)
 
     def build(self, module: nn.Module) -> Runner:
-        """Build a model on the backend."""
-        return BACKENDS[BACKEND].build(module, self.example, threads=self.threads)
+        """Build a model on the backend; a file is opened already."""
+        if isinstance(module, onnxsim.File):
+            return module.runner
+        dynamic = self.task.dynamic or True
+        return BACKENDS[BACKEND].build(module, self.example, threads=self.threads, dynamic=dynamic)
 
     def speed(self, runner: Runner, rounds: int = 15) -> float:
         """Return how many times faster than the dense model a built one is."""
@@ -111,7 +121,9 @@ def own(place: Place, method: str, speedup: float) -> tuple[nn.Module, dict[str,
     recipe = {"target": {"speedup": speedup}, "threads": place.threads, "proof": "quick", **OWN[method]}
     data = None if method.endswith("magnitude") else [inputs for inputs, _ in place.data]
     start = time.perf_counter()
-    pruned = fxprune.compile(place.model, place.example, recipe=recipe, calibration=data)
+    pruned = fxprune.compile(
+        place.model, place.example, recipe=recipe, calibration=data, dynamic_shapes=place.task.dynamic
+    )
     clocked = pruned.report.clocked
     assert clocked is not None
     about = {
@@ -172,29 +184,77 @@ def whole(model: nn.Module, example: Inputs) -> list[str]:
     return [n for n, m in layers.items() if m.out_features == output.shape[-1] and "output" in n]
 
 
-def search(place: Place, speedup: float, heads: torch_pruning.Heads) -> float:
-    """Return the ratio at which Torch-Pruning's model is as fast as asked for; widths are the same for all importances.
+def search(place: Place, speedup: float, make: Callable[[float], nn.Module]) -> tuple[float, nn.Module]:
+    """Return the ratio at which a tool's model is as fast as asked for, and that model.
 
     Raises:
         ValueError: no ratio is.
     """
-    low, high, best = 0.0, 0.97, (float("inf"), 0.0)
+    low, high = 0.0, 0.97
     ratio = 1 - 1 / speedup**0.75
+    away, best = float("inf"), (ratio, place.model)
     for _ in range(_TRIES):
-        found = place.speed(place.build(peer(place, "magnitude", ratio, heads)))
-        best = min(best, (abs(found / speedup - 1), ratio))
-        if best[0] <= _NEAR / 2:
+        module = make(ratio)
+        found = place.speed(place.build(module))
+        if abs(found / speedup - 1) < away:
+            away, best = abs(found / speedup - 1), (ratio, module)
+        if away <= _NEAR / 2:
             break
         low, high = (ratio, high) if found < speedup else (low, ratio)
         ratio = (low + high) / 2
-    if best[0] > 0.1:
-        raise ValueError(f"no ratio gives {speedup:g} x: the nearest is {best[0]:.0%} away")
-    return best[1]
+    if away > 0.1:
+        raise ValueError(f"no ratio gives {speedup:g} x: the nearest is {away:.0%} away")
+    return best
+
+
+def other(place: Place, method: str, speedup: float, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Prune with one of OTHERS.
+
+    Args:
+        folder: for files, which are kept as long as what is returned is used.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how it would be.
+        ValueError: no ratio makes it as fast.
+        Exception: whatever else the tool raises.
+    """
+    if method == "torch masks":
+        share = torch_masks.share(speedup)
+        return torch_masks.prune(place.model, share, whole(place.model, place.example)), {"ratio": share}
+    absent = modelopt.missing(search=True) if method.startswith("ModelOpt") else onnxsim.missing()
+    if absent is not None:
+        raise ModuleNotFoundError(absent)
+    data = [inputs for inputs, _ in place.data]
+    if method == "ModelOpt FastNAS":
+        few = place.task.calibration(min(place.samples, _HESSIAN))
+        kept = folder / "fastnas.pth"  # what each layer can spare, which every try reads
+
+        def fewer(ratio: float) -> nn.Module:
+            return modelopt.fastnas(place.model, place.example, 1 - ratio, score, data, _ROUND, kept)
+
+        def score(model: nn.Module) -> float:
+            with torch.inference_mode():
+                return -sum(float(place.task.loss(model(*inputs), labels)) for inputs, labels in few)
+
+        ratio, module = search(place, speedup, fewer)
+        return module, {"ratio": ratio}
+    way: onnxsim.Method = "wanda" if method.endswith("Wanda") else "magnitude"
+    ratio, module = search(
+        place,
+        speedup,
+        lambda share: onnxsim.prune(place.model, place.example, share, way, data, folder, place.threads),
+    )
+    return module, {"ratio": ratio}
 
 
 # ---------------------------------------------------------------------- one task at one speed-up
 def cell(place: Place, speedup: float, methods: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Return each method's figures."""
+    """Return each method's figures, an `error` where it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _cell(place, speedup, methods, say, Path(folder))
+
+
+def _cell(place: Place, speedup: float, methods: list[str], say: Callable[[str], None], folder: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     modules: dict[str, nn.Module] = {}
     for method in (m for m in methods if m in OWN):
@@ -211,22 +271,46 @@ def cell(place: Place, speedup: float, methods: list[str], say: Callable[[str], 
         say(f"{place.name} {speedup:g} x: Torch-Pruning's ratio, {heads}")
         suffix = f", {heads}" if len(kinds) > 1 else ""
         try:
-            ratio = search(place, speedup, heads)
+            ratio, _ = search(place, speedup, lambda r, heads=heads: peer(place, "magnitude", r, heads))  # type: ignore[misc]
         except Exception as error:  # whatever it raises is the result
-            rows |= {m + suffix: {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]} for m in peers}
+            rows |= {m + suffix: _failed(error) for m in peers}
             continue
         for method in peers:
             try:
                 modules[method + suffix] = peer(place, PEERS[method], ratio, heads)
                 rows[method + suffix] = {"ratio": ratio}
             except Exception as error:
-                rows[method + suffix] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+                rows[method + suffix] = _failed(error)
+    for method in (m for m in methods if m in OTHERS):
+        say(f"{place.name} {speedup:g} x: {method}")
+        try:
+            modules[method], rows[method] = other(place, method, speedup, folder)
+        except Exception as error:
+            rows[method] = _failed(error)
     say(f"{place.name} {speedup:g} x: timing and scoring {len(modules)} models")
     timed = place.timed({n: place.build(m) for n, m in modules.items()}, 31) if modules else {}
     for name, module in modules.items():
         rows[name] |= timed[name] | {"measures": place.task.measures(module)}
-        rows[name]["params"] = sum(p.numel() for p in module.parameters())
+        size = module.size if isinstance(module, onnxsim.File) else sum(p.numel() for p in module.parameters())
+        rows[name]["params"] = size
+        if not isinstance(module, onnxsim.File):
+            rows[name].setdefault("macs", flops(module, place.example) / flops(place.model, place.example))
     return rows
+
+
+def flops(module: nn.Module, example: Inputs) -> int:
+    """Return the floating-point operations of matrix products, convolutions and attention.
+
+    >>> flops(nn.Linear(4, 8), (torch.zeros(2, 4),))
+    128
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*example)
+    return int(counter.get_total_flops())
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def _has_heads(model: nn.Module) -> bool:
@@ -239,9 +323,10 @@ def lost(row: dict[str, Any], dense: float) -> float | None:
 
 
 def best_peer(rows: dict[str, Any], dense: float) -> tuple[str, float] | None:
-    """Return Torch-Pruning's best criterion and the score that it loses."""
-    found = [(loss, n) for n, row in rows.items() if n.startswith("Torch-Pruning") and (loss := lost(row, dense))]
-    return (min(found)[1], min(found)[0]) if found else None
+    """Return the method of another tool, as fast as fxprune's, that loses least of the score, and how much it loses."""
+    found = [(lost(row, dense), n) for n, row in rows.items() if n not in OWN and n != "torch masks"]
+    best = min(((loss, n) for loss, n in found if loss is not None), default=None)
+    return None if best is None else (best[1], best[0])
 
 
 # ---------------------------------------------------------------------- tables and plots
@@ -259,15 +344,16 @@ def table(name: str, result: dict[str, Any]) -> Table:
         for speed in speeds:
             row = result["speedups"][speed].get(method, {})
             loss = lost(row, dense)
-            texts.append("-" if loss is None else f"{dense - loss:.4f} ({row['speedup']:.2f} x)")
+            missing = "fails" if "error" in row else "-"
+            texts.append(missing if loss is None else f"{dense - loss:.4f} ({row['speedup']:.2f} x)")
         rows.add_row(method, *texts)
     ratios = []
     for speed in speeds:
         cells = result["speedups"][speed]
-        other, mine = best_peer(cells, dense), lost(cells.get("fxprune", {}), dense)
-        ratios.append(f"{mine / other[1]:.2f}" if other and mine is not None else "-")
+        least, mine = best_peer(cells, dense), lost(cells.get("fxprune", {}), dense)
+        ratios.append(f"{mine / least[1]:.2f}" if least and least[1] > 0 and mine is not None else "-")
     rows.add_section()
-    rows.add_row("fxprune's loss over Torch-Pruning's least", *ratios)
+    rows.add_row("fxprune's loss over other tools' least", *ratios)
     return rows
 
 
@@ -290,7 +376,7 @@ def plot(name: str, result: dict[str, Any], path: Path) -> None:
         axes.plot(
             *zip((1.0, result["dense"]), *points, strict=True),
             color=next(colours) if ours else "0.55",
-            linestyle="-" if ours else {"m": "--", "T": ":", "H": "-."}[method.split()[1][0]],
+            linestyle="-" if ours else {"m": "--", "T": ":", "H": "-."}.get(method.split()[1][0], (0, (1, 3))),
             linewidth=2.2 if method == "fxprune" else 1.3,
             marker={"dims": "s", "none": "v"}.get(method.rpartition(", ")[2], "o"),
             markersize=4,
@@ -318,15 +404,15 @@ def main(
     console = Console()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    methods = method or [*OWN, *PEERS]
-    unknown = [m for m in methods if m not in OWN and m not in PEERS] + [n for n in names or [] if n not in TASKS]
+    methods = method or [*METHODS]
+    unknown = [m for m in methods if m not in METHODS] + [n for n in names or [] if n not in TASKS]
     if unknown:
-        raise typer.BadParameter(f"there is no {unknown[0]!r}: methods {[*OWN, *PEERS]}, tasks {list(TASKS)}")
-    document: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {"tasks": {}}
-    document |= {"machine": machine.describe(), "threads": threads, "backend": BACKEND}
+        raise typer.BadParameter(f"there is no {unknown[0]!r}: methods {[*METHODS]}, tasks {list(TASKS)}")
+    about: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {"tasks": {}}
+    about |= {"machine": machine.describe(), "threads": threads, "backend": BACKEND}
     for name in names or TASKS:
         place = Place(name, TASKS[name], threads, samples or SAMPLES[name])
-        result = document["tasks"].setdefault(name, {"speedups": {}})
+        result = about["tasks"].setdefault(name, {"speedups": {}})
         result["samples"] = place.samples
         result["dense"] = TASKS[name].score(place.model)
         for wanted in speedup or SPEEDUPS:
@@ -335,13 +421,16 @@ def main(
             missing = [m for m in methods if m not in known]
             if missing:
                 cells |= cell(place, wanted, missing, lambda text: console.print(text, style="dim"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(document, indent=1) + "\n")
+            document.write(file, about)
         console.print(table(name, result))
+        for speed, cells in result["speedups"].items():
+            for failed, row in cells.items():
+                if "error" in row:
+                    console.print(f"{failed} at {speed} x: {row['error']}", markup=False, highlight=False)
         plot(name, result, file.parent / f"accuracy_{name}.svg")
     met = [
         row["met"] / float(speed) - 1
-        for result in document["tasks"].values()
+        for result in about["tasks"].values()
         for speed, cells in result["speedups"].items()
         for row in cells.values()
         if "met" in row

@@ -7,9 +7,8 @@ solution loses more than a bound that nothing within the budget is below; costs 
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
+from bench import document, machine
 from fxprune.passes.allocate.chain import BUCKETS, solve
 from fxprune.passes.allocate.knapsack import BUCKETS as KNAPSACK_BUCKETS
 from fxprune.passes.allocate.knapsack import cheapest
@@ -75,14 +74,13 @@ def timed(run: Callable[[], Any], rounds: int) -> tuple[float, Any]:
     return float(np.median(seconds)), result
 
 
-def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
-    """Return a row of figures for each problem.
+def measure(rounds: int, small: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield a row of figures for each problem; what is drawn for one depends on those before it.
 
     Args:
         small: few groups and options, to see that everything works.
     """
     generator = np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
     groups, options = (4, 4) if small else (200, 32)
     losses = falling(groups, options, generator)
     costs = [np.arange(1.0, options + 1) * float(generator.uniform(0.1, 1.0)) for _ in range(groups)]
@@ -90,7 +88,7 @@ def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
     seconds, choice = timed(lambda: cheapest(losses, costs, budget), rounds)
     row_ = {"problem": "knapsack", "groups": groups, "options": options, "buckets": KNAPSACK_BUCKETS}
     used = sum(float(c[i]) for c, i in zip(costs, choice, strict=True)) / budget
-    rows.append({**row_, "seconds": seconds, "used": used, "gap": None, "relaxed_gap": None, "relaxed_seconds": None})
+    yield {**row_, "seconds": seconds, "used": used, "gap": None, "relaxed_gap": None, "relaxed_seconds": None}
     for name, (scopes, count), options in (
         ("row of layers", row(4 if small else 33), 4 if small else 32),
         ("residual stages", stages((1, 1) if small else (3, 4, 6, 3)), 4 if small else 16),
@@ -99,20 +97,17 @@ def measure(rounds: int, small: bool = False) -> list[dict[str, Any]]:
         seconds, found = timed(lambda p=problem: solve(p, BUCKETS), rounds)  # type: ignore[misc]
         choice, bound = found
         quick, relaxed = timed(lambda p=problem: relax(p, [0] * len(p.losses)), rounds)  # type: ignore[misc]
-        rows.append(
-            {
-                "problem": name,
-                "groups": count,
-                "options": options,
-                "buckets": BUCKETS,
-                "seconds": seconds,
-                "used": problem.cost(choice) / problem.budget,
-                "gap": problem.loss(choice) / bound - 1,
-                "relaxed_gap": problem.loss(relaxed) / bound - 1,
-                "relaxed_seconds": quick,
-            }
-        )
-    return rows
+        yield {
+            "problem": name,
+            "groups": count,
+            "options": options,
+            "buckets": BUCKETS,
+            "seconds": seconds,
+            "used": problem.cost(choice) / problem.budget,
+            "gap": problem.loss(choice) / bound - 1,
+            "relaxed_gap": problem.loss(relaxed) / bound - 1,
+            "relaxed_seconds": quick,
+        }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -131,16 +126,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="of each problem; the median counts")] = 3,
+    small: Annotated[bool, typer.Option(help="small problems, to see that everything works")] = False,
+    resume: Annotated[bool, typer.Option(help="leave the file as it is where it has every problem")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "allocation_time.json",
 ) -> None:
     """Time the exact allocations on one thread."""
     console = Console()
     torch.set_num_threads(1)  # numpy is at work here; this is what the stamp says
-    rows = measure(rounds)
-    console.print(table(rows))
+    about = document.opened(file, resume, rounds=rounds)
+    if not about.get("complete", False):
+        about |= {"machine": machine.describe(), "complete": False, "problems": []}
+        for found in measure(rounds, small):
+            about["problems"].append(found)
+            document.write(file, about)
+        about["complete"] = True
+        document.write(file, about)
+    console.print(table(about["problems"]))
     console.print(machine.stamp(), style="dim", highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"machine": machine.describe(), "rounds": rounds, "problems": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

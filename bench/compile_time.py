@@ -13,8 +13,6 @@ import gc
 import importlib
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +24,10 @@ from rich.table import Table
 from torch import nn
 
 import fxprune
-from bench import machine
+from bench import document, machine, resident
 from bench.models import MODELS, TIMED
 from bench.peers import torch_pruning
+from bench.resident import STATUS
 
 STAGES = ("capture", "analyse", "choose", "rewrite", "prove")
 SHARE = 0.5
@@ -36,7 +35,6 @@ SHARE = 0.5
 RATIO = 0.3
 TOOLS = ("fxprune", "torch_pruning")
 RESULTS = Path(__file__).parent / "results"
-STATUS = Path("/proc/self/status")
 #: Columns of what is piped into a file.
 WIDTH = 130
 
@@ -84,15 +82,7 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 # ---------------------------------------------------------------------- memory
-def _status(field: str) -> int:
-    """Return a field of the kernel's account of this process, in bytes."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"{STATUS} has no {field}")
-
-
-def peak_memory(name: str, tool: str) -> dict[str, float]:
+def peak_memory(name: str, tool: str, full: bool = True) -> dict[str, float]:
     """Return the bytes of the weights, and of what was resident at the peak of one run beyond what was before it.
 
     To be called once in a fresh process. Libraries that are loaded on first use are loaded before, by pruning a model
@@ -100,26 +90,20 @@ def peak_memory(name: str, tool: str) -> dict[str, float]:
     """
     warm = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
     RUN[tool](warm, (torch.zeros(1, 3, 8, 8),))
-    model, inputs = MODELS[name].make(full=True), MODELS[name].example(batch=1, full=True)
+    model, inputs = MODELS[name].make(full=full), MODELS[name].example(batch=1, full=full)
     with torch.inference_mode():  # what one forward pass leaves behind in caches is not the tool's
         model(*inputs)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
-    before = _status("VmRSS")
+    before = resident.start()
     RUN[tool](model, inputs)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-    return {"weights": weights, "peak": _status("VmHWM") - before}
+    return {"weights": weights, "peak": resident.peak() - before}
 
 
 # ---------------------------------------------------------------------- one process for each model
 def _child(*arguments: str) -> Any:
     """Run this program on one model in a process of its own and return what it printed last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", __spec__.name, *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return resident.child("bench.compile_time", *arguments)
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
@@ -169,6 +153,7 @@ def table(models: dict[str, Any], repeats: int) -> Table:
 def main(
     models: Annotated[str, typer.Option(help="names of bench.models, with commas between")] = ",".join(TIMED),
     repeats: Annotated[int, typer.Option(min=1, help="rounds that count")] = 5,
+    resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "compile_time.json",
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -184,18 +169,19 @@ def main(
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    results = {}
+    about = document.opened(file, resume, repeats=repeats, share=SHARE, ratio=RATIO)
+    about |= {"machine": machine.describe()}
+    results = about.setdefault("models", {})
     for name in names:
-        with console.status(name):
-            results[name] = measure(name, repeats)
+        if name not in results:
+            with console.status(name):
+                results[name] = measure(name, repeats)
+            document.write(file, about)
         for tool in TOOLS:
             if "error" in (row := results[name].get(tool, results[name])):
                 console.print(f"{tool} fails on {name}: {row['error']}", markup=False)
     console.print(table(results, repeats))
     console.print(machine.stamp(), style="dim", highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine.describe(), "repeats": repeats, "share": SHARE, "ratio": RATIO, "models": results}
-    file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

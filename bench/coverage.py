@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 import fxprune
-from bench import machine, zoo
+from bench import document, machine, zoo
 from fxprune.analyse import Analysis, analyse
 from fxprune.axes import atoms
 from fxprune.capture import capture
@@ -238,7 +238,7 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds for a model.")] = 150,
     peer_limit: Annotated[float, typer.Option(help="Seconds for Torch-Pruning on a model.")] = 75,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
-    output: Annotated[Path, typer.Option(help="The JSON file.")] = RESULT,
+    output: Annotated[Path, typer.Option("--json", "--output", help="The JSON file.")] = RESULT,
     resume: Annotated[bool, typer.Option(help="Keep what the JSON file has.")] = False,
 ) -> None:
     """Prune and prove every model of the zoo, and print what became of it."""
@@ -251,7 +251,7 @@ def main(
         raise typer.BadParameter(f"no model of {', '.join(shelf or zoo.SHELVES)} matches {models}")
     data: dict[str, Any] = json.loads(output.read_text()) if resume and output.exists() else {}
     rows: dict[str, dict[str, Any]] = data.setdefault("rows", {})
-    data["machine"] = machine.describe()
+    data |= {"machine": machine.describe(), "threads": threads}
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(wanted))
         for place, name in wanted:
@@ -266,8 +266,7 @@ def main(
             if peer and ours.get("parameters", 0) > peer_above and "torch_pruning" not in row:
                 row["torch_pruning"] = measure("torch_pruning", place, name, proof, peer_limit, threads)
             data["summary"] = summary(rows)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(data, indent=1) + "\n")
+            document.write(output, data)
     _print(Console(width=180), {f"{s}/{n}": rows[f"{s}/{n}"] for s, n in wanted})
 
 

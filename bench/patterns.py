@@ -2,13 +2,16 @@
 
 Three tables. Orders: on random matrices, how much of the gap between plain 2:4 and unstructured 50 % the best order
 found closes, and in what time. Layers: for every layer of a task's model, the error of its results on calibration data
-by each method, as it is published and refitted. Models: what is left of the task's score.
+by each method, as it is published and refitted. Models: what is left of the task's score, and with other tools' masks,
+which each puts on the layers that it takes: the share of zeros says how many those are. The row SparseGPT is the
+published algorithm, which llm-compressor runs, too. What cannot run is a row with its reason.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -20,10 +23,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import fxprune
-from bench import machine
+from bench import document, machine
+from bench.peers import modelopt, onnxsim
 from bench.tasks import TASKS
+from bench.tasks.task import Inputs
 from fxprune.analyse import analyse
 from fxprune.capture import capture
 from fxprune.groups import find_groups
@@ -56,12 +62,25 @@ WHOLE: dict[str, dict[str, Any]] = {
     "ALPS": {"method": "alps", "permute": False},
     "ALPS, ordered (default)": {"method": "alps"},
 }
+#: What stands under the tables of scores.
+SPARSEGPT = "SparseGPT: the published algorithm, which llm-compressor's SparseGPTModifier runs, too"
+Peer = Callable[[nn.Module, Inputs, list[Inputs], Path], nn.Module]
+#: Other tools' masks: row -> what the tool makes of a model, given its example, data and a folder for files.
+PEERS: dict[str, Peer] = {
+    "ModelOpt magnitude": lambda model, _, data, __: modelopt.sparsify(model, "sparse_magnitude", data),
+    "ModelOpt SparseGPT": lambda model, _, data, __: modelopt.sparsify(model, "sparsegpt", data),
+    "onnxsim Wanda": lambda model, x, data, to: onnxsim.prune(model, x, 0.5, "2:4 wanda", data, to, 1),
+    "onnxsim SparseGPT": lambda model, x, data, to: onnxsim.prune(model, x, 0.5, "2:4 sparsegpt", data, to, 1),
+}
 
 
-def orders(seeds: int = 5) -> list[dict[str, Any]]:
-    """Return for each shape the shares of the gap that orders close, and the seconds it took, over several seeds."""
+def orders(seeds: int = 5, largest: float = float("inf")) -> list[dict[str, Any]]:
+    """Return for each shape the shares of the gap that orders close, and the seconds it took, over several seeds.
+
+    Shapes with more elements than `largest` are left out.
+    """
     rows = []
-    for high, wide in SHAPES:
+    for high, wide in (shape for shape in SHAPES if shape[0] * shape[1] <= largest):
         for escapes in (0, 10) if high * wide < 1e5 else (0,):
             found, seconds = [], []
             for seed in range(seeds if high * wide < 1e5 else 1):
@@ -83,19 +102,19 @@ def orders(seeds: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
-def layers(name: str, say: Callable[[str], None]) -> dict[str, dict[str, tuple[float, float]]]:
+def layers(name: str, samples: int, say: Callable[[str], None]) -> dict[str, dict[str, tuple[float, float]]]:
     """Return weight -> method -> the relative error of the layer's results, as published and refitted.
 
     The error is the root of the squared error over the results' energy, on the dense model's own inputs.
     """
     task = TASKS[name]
     model, example = task.model(), task.example
-    analysis = analyse(capture(model, example, {}))
+    analysis = analyse(capture(model, example, {}, task.dynamic))
     groups = find_groups(analysis)
     shape = pattern(PATTERN)
     recipe = read_recipe({"sparsity": PATTERN})
     chosen, _ = eligible(analysis, groups, Kept({}), recipe, shape)
-    data = calibration([inputs for inputs, _ in task.calibration(SAMPLES[name])], analysis.captured)
+    data = calibration([inputs for inputs, _ in task.calibration(samples)], analysis.captured)
     known = Statistics(analysis, 0, data, 8 * 2**30)
     moments = gather.collect(known, data, chosen, [], {"moments"}).moments
     result: dict[str, dict[str, tuple[float, float]]] = {}
@@ -115,11 +134,13 @@ def layers(name: str, say: Callable[[str], None]) -> dict[str, dict[str, tuple[f
     return result
 
 
-def scores(name: str, methods: dict[str, dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the dense model's figures and those of each method."""
+def scores(
+    name: str, methods: dict[str, dict[str, Any]], peers: list[str], samples: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the dense model's figures and those of each method, `failed` where a tool has none."""
     task = TASKS[name]
     model, example = task.model(), task.example
-    data = [inputs for inputs, _ in task.calibration(SAMPLES[name])]
+    data = [inputs for inputs, _ in task.calibration(samples)]
     rows: dict[str, Any] = {}
     for label, sparsity in methods.items():
         say(f"{name}: {label}")
@@ -127,11 +148,39 @@ def scores(name: str, methods: dict[str, dict[str, Any]], say: Callable[[str], N
         recipe = {"sparsity": {"pattern": PATTERN, **sparsity}, "reconstruction": "none", "proof": "quick"}
         if label.startswith("ALPS, ordered"):
             recipe = {"sparsity": {"pattern": PATTERN, **sparsity}, "proof": "quick"}
-        pruned = fxprune.compile(model, example, recipe, calibration=data)
+        pruned = fxprune.compile(model, example, recipe, calibration=data, dynamic_shapes=task.dynamic)
         rows[label] = {"measures": task.measures(pruned.module), "seconds": time.perf_counter() - start}
         step = pruned.report.steps[0]
-        rows[label]["error"] = step.error[1] if step.error else None
-    return {"dense": task.measures(model), "methods": rows, "samples": SAMPLES[name], "unit": task.unit}
+        rows[label] |= {"error": step.error[1] if step.error else None, "zeros": zeros(pruned.module)}
+    for label in peers:
+        say(f"{name}: {label}")
+        reason = modelopt.missing() if label.startswith("ModelOpt") else onnxsim.missing()
+        if reason is not None:
+            rows[label] = {"failed": reason}
+            continue
+        start = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                sparse = PEERS[label](model, example, data, Path(folder))
+                seconds = time.perf_counter() - start
+                rows[label] = {"measures": task.measures(sparse), "seconds": seconds, "zeros": zeros(sparse)}
+        except Exception as error:  # whatever it raises is the result
+            rows[label] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    return {"dense": task.measures(model), "methods": rows, "samples": samples, "unit": task.unit}
+
+
+def zeros(model: nn.Module) -> float:
+    """Return the share of a model's weights that are zero.
+
+    >>> net = nn.Linear(4, 4, bias=False)
+    >>> net.weight.data[:, ::2] = 0
+    >>> zeros(net)
+    0.5
+    """
+    if isinstance(model, onnxsim.File):
+        return model.zeros / model.size
+    sizes = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
+    return sum(zero for zero, _ in sizes) / sum(size for _, size in sizes)
 
 
 # ---------------------------------------------------------------------- tables
@@ -175,18 +224,27 @@ def layer_table(name: str, found: dict[str, dict[str, tuple[float, float]]]) -> 
 def score_table(name: str, found: dict[str, Any]) -> Table:
     """Return the scores of a task."""
     keys = list(found["dense"])
-    table = Table(title=f"{name} in {PATTERN}: {found['unit']}; {found['samples']} samples, no training")
-    for column in ("method", *keys, "error of the outputs", "seconds"):
+    title = f"{name} in {PATTERN}: {found['unit']}; {found['samples']} samples, no training"
+    table = Table(title=title, caption=SPARSEGPT)
+    for column in ("method", *keys, "error of the outputs", "zeros", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row("dense", *(f"{found['dense'][k]:.4f}" for k in keys), "", "")
+    table.add_row("dense", *(f"{found['dense'][k]:.4f}" for k in keys), "", "", "")
     for label, row in found["methods"].items():
-        error = "-" if row["error"] is None else f"{row['error']:.3f}"
-        table.add_row(label, *(f"{row['measures'][k]:.4f}" for k in keys), error, f"{row['seconds']:.0f}")
+        if "failed" in row:
+            table.add_row(label, row["failed"])
+            continue
+        error = "-" if row.get("error") is None else f"{row['error']:.3f}"
+        measures = (f"{row['measures'][k]:.4f}" for k in keys)
+        table.add_row(label, *measures, error, f"{row['zeros']:.0%}", f"{row['seconds']:.0f}")
     return table
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="tasks; by default those of LAYERS and SCORES")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="rows of scores; all where there is none")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="that masks are chosen on")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="random matrices of each small shape")] = 5,
+    largest: Annotated[float, typer.Option(help="elements of the largest random matrix")] = float("inf"),
     threads: Annotated[int, typer.Option(min=1)] = 2,
     resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "patterns.json",
@@ -195,29 +253,36 @@ def main(
     console = Console()
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    document: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {}
-    document |= {"machine": machine.describe(), "threads": threads, "pattern": PATTERN}
+    known = [*WHOLE, *PEERS]
+    unknown = [m for m in method or () if m not in known] + [n for n in names or () if n not in TASKS]
+    if unknown:
+        raise typer.BadParameter(f"there is no {unknown[0]!r}: methods {known}, tasks {list(TASKS)}")
+    whole = {label: recipe for label, recipe in WHOLE.items() if not method or label in method}
+    peers = [label for label in PEERS if not method or label in method]
+    about: dict[str, Any] = json.loads(file.read_text()) if resume and file.exists() else {}
+    about |= {"machine": machine.describe(), "threads": threads, "pattern": PATTERN}
 
     def say(text: str) -> None:
         console.print(text, style="dim", highlight=False)
 
-    def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=1) + "\n")
-
-    if "orders" not in document:
-        document["orders"] = orders()
-    console.print(order_table(document["orders"]))
-    for name in [n for n in LAYERS if names is None or n in names]:
-        if name not in document.setdefault("layers", {}):
-            document["layers"][name] = layers(name, say)
-        write()
-        console.print(layer_table(name, document["layers"][name]))
+    if "orders" not in about:
+        about["orders"] = orders(seeds, largest)
+        document.write(file, about)
+    console.print(order_table(about["orders"]))
+    for name in [n for n in LAYERS if not names or n in names]:
+        if name not in about.setdefault("layers", {}):
+            about["layers"][name] = layers(name, samples or SAMPLES[name], say)
+            document.write(file, about)
+        console.print(layer_table(name, about["layers"][name]))
     for name in names or SCORES:
-        if name not in document.setdefault("scores", {}):
-            document["scores"][name] = scores(name, WHOLE, say)
-        write()
-        console.print(score_table(name, document["scores"][name]))
+        found = about.setdefault("scores", {}).setdefault(name, {"methods": {}})
+        left = {label: recipe for label, recipe in whole.items() if label not in found["methods"]}
+        others = [label for label in peers if label not in found["methods"]]
+        if left or others:
+            measured = scores(name, left, others, samples or SAMPLES[name], say)
+            about["scores"][name] = measured | {"methods": found["methods"] | measured["methods"]}
+            document.write(file, about)
+        console.print(score_table(name, about["scores"][name]))
     console.print(machine.stamp(), style="dim", highlight=False)
 
 

@@ -7,7 +7,6 @@ multiply-accumulates per one of the pruned model's: how much of the saving the c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxprune
-from bench import machine
+from bench import document, machine
 from bench.models import MODELS
 from fxprune.backends import BACKENDS
 from fxprune.backends.timing import Comparison, compare
@@ -81,29 +80,27 @@ def main(
     batch: Annotated[int, typer.Option(min=1)] = 8,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=6, help="of timing all models in turns")] = 20,
+    resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "rounding.json",
 ) -> None:
     """Time models dense and with half of their multiply-accumulates, their widths rounded in several ways."""
     console = Console()
     torch.set_num_threads(threads)
-    models: dict[str, Any] = {}
+    about = document.opened(file, resume, share=SHARE, batch=batch, threads=threads, rounds=rounds)
+    about |= {"machine": machine.describe()}
+    models: dict[str, Any] = about.setdefault("models", {})
     for name in names or NAMES:
+        if name in models:
+            console.print(f"{name} is in {file.name}", style="dim", highlight=False)
+            continue
         figures, timed = measure(name, batch, threads, rounds)
         title = (
             f"{name} at {SHARE:g} of the MACs: {BACKEND}, float32, batch {batch}, {threads} threads, {rounds} rounds"
         )
         console.print(table(figures, timed, title))
         models[name] = {"roundings": figures, "timing": timed.to_json()}
+        document.write(file, about)
     console.print(machine.stamp(), style="dim", highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "machine": machine.describe(),
-        "share": SHARE,
-        "batch": batch,
-        "threads": threads,
-        "models": models,
-    }
-    file.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from fxprune.recipe import Recipe
 from fxprune.report import Report
 from fxprune.rules.core import register_rule
 from fxprune.saved import load
+from fxprune.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "Report",
+    "Sweep",
     "bench",
     "compile",
     "dry_run",
@@ -33,4 +35,5 @@ __all__ = [
     "plot_sensitivity",
     "register_rule",
     "sensitivity",
+    "sweep",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 #: Called with the name of each stage as it begins.
 Progress = Callable[[str], None]
@@ -26,9 +26,13 @@ def no_collection() -> Iterator[None]:
 class Clock:
     """Seconds of each stage; tells the caller which one runs."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, progress: Progress | None = None, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})
         self._progress = progress
+
+    def again(self) -> Clock:
+        """Return a clock that goes on from here, for one of several things that share what was done so far."""
+        return Clock(self._progress, self.seconds)
 
     def say(self, what: str) -> None:
         """Tell the caller what a stage is doing."""
@@ -37,9 +41,9 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Take the time of a stage."""
+        """Take the time of a stage; that of several of one name is added up."""
         if self._progress:
             self._progress(name)
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

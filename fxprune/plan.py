@@ -29,6 +29,7 @@ class GroupPlan:
         role: "residual", "ffn" or "": see `fxprune.streams`.
         why: what of the recipe leaves it whole or says how much of it stays; "" where the allocation decides.
         params, macs: what cutting this group alone saves.
+        heads: the numbers of those that stay, of a group of heads.
     """
 
     name: str
@@ -39,6 +40,7 @@ class GroupPlan:
     why: str = ""
     params: int = 0
     macs: int = 0
+    heads: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -90,7 +92,9 @@ class Plan:
                 {**counts, **dropped}[g.axis],
                 part.get(g.name, ""),
                 "in a removed block" if g.axis in dropped else why.get(g.name, ""),
-                *(-costs.change(cost, {g.axis: {**counts, **dropped}[g.axis]}, {}) for cost in ("params", "macs")),
+                params=-costs.change("params", {g.axis: {**counts, **dropped}[g.axis]}, {}),
+                macs=-costs.change("macs", {g.axis: {**counts, **dropped}[g.axis]}, {}),
+                heads=_heads(g, kept) if g.axis not in dropped else [],
             )
             for g in groups
         ]
@@ -172,6 +176,13 @@ class Plan:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SavedModelError(f"this is not a plan: {type(error).__name__}: {error}") from error
+
+
+def _heads(group: Group, kept: Kept) -> list[int]:
+    """The heads that stay, ascending."""
+    if group.kind != "heads":
+        return []
+    return sorted(kept[group.axis].tolist()) if group.axis in kept else list(range(group.size))
 
 
 def _inside(group: Group, gone: frozenset[str]) -> bool:

@@ -158,7 +158,7 @@ class Pruned:
         return False
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write weights.safetensors, graph.json and plan.json into a directory, all or nothing.
+        """Write weights.safetensors, graph.json, plan.json and recipe.yaml into a directory, all or nothing.
 
         Raises:
             SavedModelError: the directory exists and holds something else (or a saved model, without `overwrite`), or

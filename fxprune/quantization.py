@@ -193,10 +193,10 @@ def _call(work: Work, inputs: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any
 
 def _feeds(work: Work, runner: Any, samples: int) -> Iterator[dict[str, Any]]:
     """Calibration batches as the file takes them."""
-    from fxprune.passes.trial import first_samples
+    from fxprune.passes.trial import some_samples
 
     seen = 0
-    for batch in first_samples(work.data, samples).batches:
+    for batch in some_samples(work.analysis, work.data, samples).batches:
         if seen >= samples:
             return
         seen += batch.size

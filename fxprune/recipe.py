@@ -229,6 +229,22 @@ def read_recipe(source: Mapping[str, Any] | str | Path | Recipe | None = None, *
         raise RecipeError("recipe: " + "; ".join(_sentence(e) for e in error.errors())) from None
 
 
+def as_yaml(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe's JSON values as YAML, without the keys that say nothing.
+
+    >>> recipe = read_recipe({"target": {"macs": 0.5}, "keep": "head"})
+    >>> print(as_yaml(recipe.model_dump(mode="json", exclude_unset=True)))
+    target:
+      macs: 0.5
+    keep:
+    - head
+    <BLANKLINE>
+    """
+    said = {key: value for key, value in recipe.items() if value is not None and value != []}
+    said["target"] = {key: value for key, value in recipe["target"].items() if value is not None and value is not False}
+    return yaml.safe_dump(said, sort_keys=False)
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())

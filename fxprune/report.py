@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fxprune.plan import GroupPlan
 from fxprune.prove import Proof
+from fxprune.provenance import Provenance
 
 #: A measured speed-up may be so much below what was asked for, as a share.
 CLOCK_TOLERANCE = 0.03
@@ -95,6 +96,15 @@ class Clocked:
             f"(95 % in {low:.2f}-{high:.2f}) on {self.backend}, {self.threads} threads; {len(self.attempts)} builds; "
             f"the parts' times add up to {1 / self.residual:.2f} of the whole model's"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PartTime:
+    """Milliseconds of a contraction and what follows it, by the tables that the widths were chosen with."""
+
+    name: str
+    dense: float
+    pruned: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +208,7 @@ class Report:
     Attributes:
         macs: multiply-accumulates of one forward pass on the example inputs.
         params: parameters that the model's graph uses.
+        memory: bytes of all tensors of the graph and of the most activations alive at a time.
         proof: the error measured between the pruned module and the masked dense model.
         groups: every group with its units, dense and kept.
         whole: parameter dimensions that stay whole -> why.
@@ -211,20 +222,27 @@ class Report:
         unfit: weights that could not have it -> why.
         samples: of calibration.
         random: calibration was on random numbers.
+        recipe: with what was left open written out: the same recipe, data and versions give the same plan.
         notes: what the user should know.
         engines: filled by `Pruned.export`.
+        metric: the user's.
+        error: squared error of the outputs over the dense outputs' variance on calibration data; None without data.
+        made: versions, machine, data.
+        losses: what the criterion says is lost when a group alone keeps so many units: {group: [(units, loss), ...]}.
+        parts: of a model whose target was on the clock.
     """
 
     model: str
     macs: Pair
     params: Pair
+    memory: Pair
     proof: Proof
     groups: list[GroupPlan]
     whole: dict[str, str]
     unknown: dict[str, int]
-    seconds: dict[str, float]
     round_to: int
     recipe: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     clocked: Clocked | None = None
@@ -236,6 +254,11 @@ class Report:
     sparse: list[Sparse] = field(default_factory=list)
     unfit: dict[str, str] = field(default_factory=dict)
     engines: list[EngineSummary] = field(default_factory=list)
+    metric: Pair | None = None
+    error: float | None = None
+    made: Provenance = field(default_factory=Provenance)
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    parts: list[PartTime] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -261,6 +284,9 @@ class Report:
             )
             low, high = row.interval
             table.add_row("speed-up", "1.00 x", f"{row.speedup:.2f} x", f"95 % in {low:.2f}-{high:.2f}")
+        if self.metric is not None:
+            dense, pruned = self.metric.dense, self.metric.pruned
+            table.add_row("metric", f"{dense:.4g}", f"{pruned:.4g}", f"{pruned - dense:+.4g}")
         table.add_row("units", *self._units())
         return [table]
 
@@ -309,18 +335,13 @@ class Report:
             lines.append(f"{count} whole: {why} ({', '.join(groups[:3])}{more})")
         return lines
 
-    def lines(self) -> list[str]:
-        """Return what follows the tables: proof, frozen dimensions, notes."""
+    def proved(self) -> list[str]:
+        """Return how the result was proved, and how close what was refitted comes to the dense model."""
         proof = self.proof
         lines = [
             f"proved: pruned equals {'the dense model' if proof.lossless else 'masked dense'} within {proof.error:.1e} "
             f"(allowed {proof.tolerance:.0e}; {proof.level}, {proof.runs} comparisons)"
         ]
-        lines += [
-            f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()
-        ]
-        if self.clocked is not None:
-            lines.append(self.clocked.line())
         if self.samples:
             lines.append(f"calibrated on {self.samples} samples" + (" of random numbers" if self.random else ""))
         if self.refitted:
@@ -337,6 +358,18 @@ class Report:
                 "tuned biases, scales and shifts: relative error of the outputs on data held out "
                 f"{self.tuned.before:.3g} -> {self.tuned.after:.3g}"
             )
+        if self.error is not None:
+            lines.append(f"squared error of the outputs: {self.error:.2g} of their variance on calibration data")
+        return lines
+
+    def lines(self) -> list[str]:
+        """Return what follows the tables: proof, frozen dimensions, notes."""
+        lines = self.proved()
+        lines += [
+            f"no rule for {name} ({count} x): what it touches stays whole" for name, count in self.unknown.items()
+        ]
+        if self.clocked is not None:
+            lines.append(self.clocked.line())
         lines += [step.line() for step in self.steps]
         lines += self._patterned()
         lines += self._blocked()

@@ -1,6 +1,7 @@
-"""Saved models: a directory with weights.safetensors, graph.json and plan.json. No pickles.
+"""Saved models: a directory with weights.safetensors, graph.json, plan.json and recipe.yaml. No pickles.
 
-`plan.json` names the checksums of the other two, so that a truncated or altered file is noticed before it is used.
+`plan.json` names the checksums of the weights and the graph, so that a truncated or altered file is noticed before it
+is used. `recipe.yaml` is for people, and for doing the same again: loading does not read it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from fxprune.analyse import analyse
 from fxprune.capture import capture
 from fxprune.errors import CaptureError, InputError, SavedModelError
 from fxprune.plan import Plan
+from fxprune.recipe import as_yaml
 from fxprune.rewrite import rewrite
 
 if TYPE_CHECKING:
     from fxprune.pruned import Pruned
+    from fxprune.report import Report
 
-WEIGHTS, GRAPH, PLAN, INT8 = "weights.safetensors", "graph.json", "plan.json", "int8.onnx"
-FORMAT = 1
+WEIGHTS, GRAPH, PLAN, RECIPE, INT8 = "weights.safetensors", "graph.json", "plan.json", "recipe.yaml", "int8.onnx"
+FORMAT = 2
 
 
 def save(pruned: Pruned, directory: Path, overwrite: bool = False) -> Path:
@@ -105,6 +108,20 @@ def _write(pruned: Pruned, folder: Path) -> None:
         "sha256": {name: _checksum(folder / name) for name in files},
     }
     (folder / PLAN).write_text(json.dumps(plan, indent=1))
+    (folder / RECIPE).write_text(_recipe(pruned.report))
+
+
+def _recipe(report: Report) -> str:
+    """The exact recipe, and in comments what else the result depends on."""
+    data = f", calibration data {report.made.data} ({report.samples} samples)" if report.made.data else ""
+    about = [f"The recipe of this {report.model}, everything written out.", report.made.line() + data]
+    if report.clocked is not None:
+        about.append(
+            "Its target is on the clock, which never says the same twice: --plan plan.json keeps exactly the same."
+        )
+    if report.made.command:
+        about.append(f"Again: {report.made.command}")
+    return "".join(f"# {line}\n" for line in about) + as_yaml(report.recipe)
 
 
 def _describe(leaf: Any) -> Any:
@@ -147,14 +164,7 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
     from fxprune.quantization import Quantized
 
     folder = Path(directory)
-    data = _read_json(folder, PLAN)
-    if "format" not in data:
-        raise SavedModelError(f"'{folder / PLAN}' is not what fxprune writes. Save the model again")
-    if data["format"] != FORMAT:
-        raise SavedModelError(
-            f"'{folder / PLAN}' was written in format {data['format']}; this fxprune reads {FORMAT}. Update fxprune, "
-            "or save the model again"
-        )
+    data = _read_plan(folder)
     try:
         for name, checksum in data["sha256"].items():
             if _checksum(_file(folder, name)) != checksum:
@@ -209,7 +219,8 @@ def read_report(data: dict[str, Any]) -> Any:
     """Return a report from its JSON."""
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
-    from fxprune.report import Attempt, Clocked, EngineSummary, Latency, Pair, Refitted, Report, Sparse
+    from fxprune.provenance import Provenance
+    from fxprune.report import Attempt, Clocked, EngineSummary, Latency, Pair, PartTime, Refitted, Report, Sparse
 
     latency = [
         Latency(
@@ -231,6 +242,11 @@ def read_report(data: dict[str, Any]) -> Any:
             **data,
             "macs": Pair(**data["macs"]),
             "params": Pair(**data["params"]),
+            "memory": Pair(**data["memory"]),
+            "metric": Pair(**data["metric"]) if data["metric"] else None,
+            "made": Provenance(**data["made"]),
+            "losses": {name: [(n, loss) for n, loss in curve] for name, curve in data["losses"].items()},
+            "parts": [PartTime(**p) for p in data["parts"]],
             "proof": Proof(**data["proof"]),
             "groups": [GroupPlan(**g) for g in data["groups"]],
             "latency": latency,
@@ -252,6 +268,33 @@ def _read_step(data: dict[str, Any]) -> Any:
 
     pairs = {k: tuple(data[k]) for k in ("error", "metric", "speedup") if data.get(k) is not None}
     return Step(**{**data, **pairs})
+
+
+def read_saved_report(folder: Path) -> Report:
+    """Return the report of a saved model without reading its weights.
+
+    Raises:
+        SavedModelError: there is none, or it is damaged.
+    """
+    data = _read_plan(folder)
+    try:
+        report: Report = read_report(data["report"])
+        return report
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SavedModelError(f"'{folder / PLAN}' cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """What stands in plan.json, which is of this version's format."""
+    data = _read_json(folder, PLAN)
+    if "format" not in data:
+        raise SavedModelError(f"'{folder / PLAN}' is not what fxprune writes. Save the model again")
+    if data["format"] != FORMAT:
+        raise SavedModelError(
+            f"'{folder / PLAN}' was written in format {data['format']}; this fxprune reads {FORMAT}. Update fxprune, "
+            "or save the model again"
+        )
+    return data
 
 
 def _file(folder: Path, name: str) -> Path:

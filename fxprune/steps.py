@@ -58,12 +58,12 @@ class Work:
         from fxprune.passes.gather import portions
         from fxprune.passes.outputs import Outputs
         from fxprune.passes.statistics import Statistics
-        from fxprune.passes.trial import first_samples
+        from fxprune.passes.trial import some_samples
 
         if self.data is None:
             return None
         if self._outputs is None:
-            few = first_samples(self.data, SAMPLES)
+            few = some_samples(self.analysis, self.data, SAMPLES)
             known = Statistics(self.analysis, 0, few, self.recipe.max_memory)
             self._outputs = Outputs(self.analysis, list(portions(known, few)))
         return float(self._outputs(run))

@@ -35,7 +35,7 @@ from fxprune.passes import gather
 from fxprune.passes.calibration import Batch, Calibration
 from fxprune.passes.consumers import Contraction
 from fxprune.passes.statistics import Statistics
-from fxprune.passes.trial import first_samples
+from fxprune.passes.trial import some_samples
 from fxprune.prove import Reference, dense_weights
 from fxprune.rules.core import overloads
 
@@ -296,7 +296,7 @@ def principal(analysis: Analysis, groups: Sequence[Group], data: Calibration, ma
     cut = [g for g in groups if g.kind == "head_dims"]
     if not cut:
         return None
-    few = first_samples(data, SAMPLES)
+    few = some_samples(analysis, data, SAMPLES)
     statistics = Statistics(analysis, 0, few, max_memory)
     found = pairs(analysis, cut, statistics, few.batches[0])
     if not found:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from fxprune import passes
@@ -239,9 +240,7 @@ def functions(recipe: Recipe, data: bool = False) -> tuple[Criterion, Allocator]
         RecipeError: there is no such name or option.
     """
     passes.load()
-    chosen = {"criterion": recipe.criterion, "allocation": recipe.allocation}
-    best = dict(zip(chosen, ("obs", "knapsack") if data else ("magnitude", "uniform"), strict=True))
-    named = {kind: best[kind] if setting == "auto" else setting for kind, setting in chosen.items()}
+    named = _named(recipe, data)
     if recipe.blocks != "none":
         DEPTHS[name_of(recipe.blocks, "blocks")]
     criterion, allocation = name_of(named["criterion"], "criterion"), name_of(named["allocation"], "allocation")
@@ -249,6 +248,43 @@ def functions(recipe: Recipe, data: bool = False) -> tuple[Criterion, Allocator]
         CRITERIA[criterion].bound(named["criterion"]),
         with_options(ALLOCATORS[allocation], named["allocation"], "allocation"),
     )
+
+
+def _named(recipe: Recipe, data: bool) -> dict[str, Any]:
+    """The recipe's criterion and allocation; "auto" is what does best with and without data."""
+    chosen = {"criterion": recipe.criterion, "allocation": recipe.allocation}
+    best = dict(zip(chosen, ("obs", "knapsack") if data else ("magnitude", "uniform"), strict=True))
+    return {kind: best[kind] if setting == "auto" else setting for kind, setting in chosen.items()}
+
+
+def exact(recipe: Recipe, data: bool) -> Recipe:
+    """Return the recipe with what it leaves open written out, so that it says the same in other circumstances, too."""
+    from fxprune.passes import reconstruct
+
+    method, _ = reconstruct.settings(recipe, data)
+    return recipe.model_copy(
+        update={
+            **_named(recipe, data),
+            "reconstruction": method if recipe.reconstruction == "auto" else recipe.reconstruction,
+            "basis": ("principal" if data else "none") if recipe.basis == "auto" else recipe.basis,
+            "round_to": preferred(recipe),
+            "threads": recipe.threads or torch.get_num_threads(),
+        }
+    )
+
+
+def losses(chooser: Chooser, points: int = 9) -> dict[str, list[tuple[int, float]]]:
+    """Return what the criterion says is lost when a group alone keeps its best units: (units, loss), all units first.
+
+    The loss is the sum of the scores of the units that go, at so many numbers of units at most.
+    """
+    result = {}
+    for group in chooser.eligible:
+        lost = np.concatenate([[0.0], np.cumsum(np.sort(chooser.scores[group.name]))])
+        least = min(max(group.least, 1), group.size)
+        counts = np.unique(np.linspace(least, group.size, points).round().astype(int))[::-1]
+        result[group.name] = [(int(n), float(lost[group.size - n])) for n in counts]
+    return result
 
 
 def _best(scores: Scores, count: int) -> Indices:

@@ -21,6 +21,7 @@ from fxprune.passes.observe import Observer, Use, objective, observe
 from fxprune.prove import dense_weights
 
 if TYPE_CHECKING:
+    from fxprune.capture import Captured
     from fxprune.passes.statistics import Statistics
 
 #: An activation and one of its dimensions.
@@ -319,7 +320,7 @@ def portions(statistics: Statistics, data: Calibration, most: int | None = None)
     """The batches, cut into as few samples as a backward pass has memory for, or into at most so many."""
     each = max(1, int(statistics.max_memory / max(statistics.activation_bytes, 1)))
     for batch in data.batches:
-        yield from _rows(statistics, batch, min(most or each, each))
+        yield from pieces(statistics.analysis.captured, batch, min(most or each, each))
 
 
 def reported(statistics: Statistics, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -332,9 +333,8 @@ def reported(statistics: Statistics, batches: Iterable[Batch]) -> Iterator[Batch
         done += batch.size
 
 
-def _rows(statistics: Statistics, batch: Batch, count: int) -> list[Batch]:
-    """A batch in pieces of so many samples, where the batch is dynamic; else the batch."""
-    captured = statistics.analysis.captured
+def pieces(captured: Captured, batch: Batch, count: int) -> list[Batch]:
+    """Return a batch in pieces of so many samples, where the batch is dynamic; else the batch."""
     places = {p for s in captured.symbols if s.name == "batch" for p in s.places}
     names = [str(n.target) for n in captured.graph.nodes if n.op == "placeholder"]
     if not places or batch.size <= count:

@@ -131,7 +131,7 @@ class LatencyCosts(Costs):
         """The measured time of the whole model over the sum of its parts."""
         return self.whole / self.sum if self.sum else 1.0
 
-    def without(self, removed: Mapping[fx.Node, fx.Node]) -> Costs:
+    def without(self, removed: Mapping[fx.Node, fx.Node]) -> LatencyCosts:
         """Return the costs without some blocks: without the parts whose contractions are gone."""
         if not removed:
             return self
@@ -143,6 +143,16 @@ class LatencyCosts(Costs):
     def latency(self, counts: Mapping[Axis, int]) -> float:
         """Return the predicted seconds of the whole model."""
         return float(self.residual * sum(p.seconds(counts) for p in self.alive))
+
+    def by_part(self, counts: Mapping[Axis, int]) -> dict[str, float]:
+        """Return the predicted seconds of each part, by the layer or the node of its first contraction."""
+        found: dict[str, float] = {}
+        for part in self.alive:
+            node = part.contractions[0] if part.contractions else part.nodes[0]
+            weights = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+            name = weights[0].removesuffix(".weight") if weights else node.name
+            found[name] = found.get(name, 0.0) + self.residual * part.seconds(counts)
+        return found
 
     def of(self, kind: str, counts: Mapping[Axis, int]) -> Any:
         """Return the cost called "macs", "params", "memory" or "latency"."""

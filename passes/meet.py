@@ -86,18 +86,19 @@ def meet(
         goal = timed.median * 1e3 / recipe.target.latency_ms
         if goal <= 1:
             return Kept({}), Clocked(goal, backend.key, threads)
-    progress("measure its parts")
-    costs = tables(
-        analysis,
-        model,
-        chooser.eligible,
-        backend,
-        lambda group: step(group, chooser.multiple),
-        threads=threads,
-        whole=lambda clock: clock.ratios({"dense": dense.bind(*args, **kwargs)})["dense"],
-        progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
-    )
-    chooser.costs = costs
+    costs = chooser.costs
+    if not isinstance(costs, LatencyCosts):  # else measured for an earlier target
+        progress("measure its parts")
+        costs = chooser.costs = tables(
+            analysis,
+            model,
+            chooser.eligible,
+            backend,
+            lambda group: step(group, chooser.multiple),
+            threads=threads,
+            whole=lambda clock: clock.ratios({"dense": dense.bind(*args, **kwargs)})["dense"],
+            progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
+        )
     result = Clocked(goal, backend.key, threads, residual=costs.residual)
     return _attempt(loop, costs, result, progress), result
 

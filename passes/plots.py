@@ -25,7 +25,12 @@ _DECADES = 1e5
 
 
 def plot_sensitivity(
-    curves: Curves, path: str | os.PathLike[str], *, labels: int = 10, title: str = "Each group pruned alone"
+    curves: Curves,
+    path: str | os.PathLike[str],
+    *,
+    labels: int = 10,
+    title: str = "Each group pruned alone",
+    what: str = "error of the model's output, relative to its variance",
 ) -> Path:
     """Draw the error of the model against the share of units that a group keeps, one line for each group.
 
@@ -36,6 +41,7 @@ def plot_sensitivity(
         curves: what `fxprune.sensitivity` returns; groups in the order of the model.
         path: ends in .png, .svg or .pdf.
         labels: so many groups are named.
+        what: the heights are.
 
     Returns:
         The path.
@@ -62,7 +68,7 @@ def plot_sensitivity(
 
     with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fxprune"}):
         figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-        _draw(figure, lines, labels, title)
+        _draw(figure, lines, labels, title, what)
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(target.suffix)
         figure.savefig(target, dpi=150, metadata=metadata)
     return target
@@ -74,7 +80,7 @@ def _line(curve: Sequence[tuple[int, float]]) -> np.ndarray[Any, Any]:
     return np.array([(count / points[0][0], error) for count, error in points if np.isfinite(error)])
 
 
-def _draw(figure: Any, lines: Mapping[str, np.ndarray[Any, Any]], labels: int, title: str) -> None:
+def _draw(figure: Any, lines: Mapping[str, np.ndarray[Any, Any]], labels: int, title: str, what: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import PercentFormatter
@@ -116,7 +122,7 @@ def _draw(figure: Any, lines: Mapping[str, np.ndarray[Any, Any]], labels: int, t
     axes.set_ylim(low, high)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("units kept of the group")
-    axes.set_ylabel("error of the model's output, relative to its variance")
+    axes.set_ylabel(what)
     axes.set_title(f"{title} ({len(lines)} groups)", loc="left")
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

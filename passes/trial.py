@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -17,25 +18,25 @@ from fxprune.analyse import Analysis
 from fxprune.kept import Kept
 from fxprune.passes.calibration import Calibration
 from fxprune.passes.consumers import Contraction
-from fxprune.passes.gather import portions
+from fxprune.passes.gather import pieces, portions
 from fxprune.passes.obs import refit
 from fxprune.passes.outputs import Outputs
 from fxprune.passes.statistics import Statistics
 from fxprune.rewrite import Rewritten, rewrite
 
-#: So many samples are looked at.
+#: So many samples are looked at, from all over the data in pieces of so many.
 SAMPLES = 64
+_PIECE = 16
 
 
-def first_samples(data: Calibration, count: int = SAMPLES) -> Calibration:
-    """Return the first batches with at least so many samples, or all."""
-    batches, seen = [], 0
-    for batch in data.batches:
-        if seen >= count:
-            break
-        batches.append(batch)
-        seen += batch.size
-    return Calibration(batches, data.loss, data.random)
+def some_samples(analysis: Analysis, data: Calibration, count: int = SAMPLES) -> Calibration:
+    """Return about so many samples, or all: evenly from the whole of the data, whose loader may have sorted them."""
+    if data.samples <= count:
+        return data
+    every = [piece for batch in data.batches for piece in pieces(analysis.captured, batch, _PIECE)]
+    number = max(1, round(count * len(every) / data.samples))
+    places = np.unique(np.linspace(0, len(every) - 1, number).round().astype(int))
+    return Calibration([every[i] for i in places], data.loss, data.random)
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Trial:
     _known: dict[bytes, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.statistics = Statistics(self.analysis, 0, first_samples(self.data), self.max_memory)
+        self.statistics = Statistics(self.analysis, 0, some_samples(self.analysis, self.data), self.max_memory)
         assert self.statistics.data is not None
         self.outputs = Outputs(self.analysis, list(portions(self.statistics, self.statistics.data)))
         self.moments = self._moments()

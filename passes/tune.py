@@ -41,8 +41,11 @@ def split(data: Calibration, statistics: Statistics) -> tuple[Calibration, Calib
     batches = list(portions(statistics, data, _ROWS))
     if len(batches) < 2:
         raise InputError(f"tuning holds a part of the calibration data out: pass more than {_ROWS} samples")
-    decide = max(1, round(len(batches) * _HELD_OUT))
-    return replace(data, batches=batches[decide:]), replace(data, batches=batches[:decide])
+    # Evenly from the whole, which a loader may have sorted.
+    apart = max(2, round(1 / _HELD_OUT))
+    held = [b for i, b in enumerate(batches) if i % apart == 0]
+    rest = [b for i, b in enumerate(batches) if i % apart]
+    return replace(data, batches=rest), replace(data, batches=held)
 
 
 def tune(

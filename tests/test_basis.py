@@ -15,8 +15,11 @@ from fxprune.capture import capture
 from fxprune.errors import InputError
 from fxprune.groups import find_groups
 from fxprune.kept import Kept
+from fxprune.passes import tune
 from fxprune.passes.basis import principal
 from fxprune.passes.calibration import calibration
+from fxprune.passes.statistics import Statistics
+from fxprune.passes.trial import some_samples
 from fxprune.prove import Reference, dense_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
@@ -152,3 +155,24 @@ def test_there_may_be_nothing_to_turn() -> None:
     assert changed is None
     pruned = fxprune.compile(model, X, target={"macs": 0.5}, calibration=DATA)
     assert not pruned.plan.basis
+
+
+def test_a_few_samples_are_of_the_whole_data() -> None:
+    """Loaders may be sorted, by length or by class: what looks at a part of the data looks at all of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    captured = capture(net, (torch.randn(2, 4),), {})
+    rows = torch.linspace(0, 1, 640).unsqueeze(1).expand(640, 4)
+    data = calibration(list(rows.split(32)), captured)
+    analysis = analyse(captured)
+    for count in (64, 128):
+        few = some_samples(analysis, data, count)
+        values = torch.cat([b.inputs[0][:, 0] for b in few.batches])
+        assert len(values) == count
+        assert abs(float(values.mean()) - 0.5) < 0.02 and values.min() < 0.03 and values.max() > 0.97
+    assert some_samples(analysis, data, 640) is data
+    rest, held = tune.split(data, Statistics(analysis, 0, data))
+    for part in (rest, held):
+        values = torch.cat([b.inputs[0][:, 0] for b in part.batches])
+        assert abs(float(values.mean()) - 0.5) < 0.1
+    assert rest.samples + held.samples == 640 and held.samples == 96

@@ -329,7 +329,7 @@ def test_nothing_to_choose() -> None:
 
 def test_the_measurement_of_time_works() -> None:
     """On small problems; the figures themselves belong to no test."""
-    rows = allocation_time.measure(1, small=True)
+    rows = list(allocation_time.measure(1, small=True))
     assert [r["problem"] for r in rows] == ["knapsack", "row of layers", "residual stages"]
     assert all(r["seconds"] > 0 and r["used"] <= 1 for r in rows)
     assert allocation_time.table(rows).row_count == 3

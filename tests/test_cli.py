@@ -194,7 +194,8 @@ def test_compile_answers_in_json_and_its_commands_work(folder: Path) -> None:
     assert (recipe["keep"], recipe["groups"]) == (["first"], ["hidden"])
     assert data["report"]["params"]["pruned"] <= 0.6 * data["report"]["params"]["dense"]
     assert data["report"]["latency"] == []
-    assert set(data["files"]) == {f"a b/{name}" for name in ("graph.json", "plan.json", "weights.safetensors")}
+    names = "graph.json", "plan.json", "recipe.yaml", "weights.safetensors"
+    assert set(data["files"]) == {f"a b/{name}" for name in names}
     assert data["commands"]["bench"] == "fxprune bench 'a b' --against nets.py:net"
     shell = data["commands"]["load"].replace("python", sys.executable, 1)
     environment = {**os.environ, "PYTHONPATH": str(Path(fxprune.__file__).parent.parent)}

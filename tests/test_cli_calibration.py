@@ -195,7 +195,14 @@ def test_labels_and_the_loss_reach_the_criterion(folder: Path) -> None:
 
 def test_a_metric_that_may_drop(folder: Path) -> None:
     data = run_json("--target", "max_drop=0.5", "--calibration", "task.py:loader", "--metric", "task.py:accuracy")
-    assert any(note.startswith("the metric is ") for note in data["report"]["notes"])
+    metric = data["report"]["metric"]
+    assert 0 <= metric["dense"] - metric["pruned"] <= 0.5
+
+
+def test_a_metric_is_reported_whatever_the_target(folder: Path) -> None:
+    report = run_json(*HALF, "--metric", "task.py:accuracy")["report"]
+    assert 0 <= report["metric"]["pruned"] <= 1 and report["error"] is None
+    assert "metric" in run(*HALF, "--metric", "task.py:accuracy", "--out", "shown").stdout
 
 
 def test_batch_is_that_of_the_example_and_of_what_is_cut(folder: Path) -> None:
@@ -342,7 +349,6 @@ def test_data_that_are_none(folder: Path, what: str, message: str) -> None:
         (3, "the metric fails: ValueError: no test set", ("--target", "max_drop=0.1", "--metric", "fails")),
         (3, "the metric gives inf, of type float, not a finite", ("--target", "max_drop=0.1", "--metric", "infinite")),
         (2, "target max_drop takes `metric`", ("--target", "max_drop=0.1")),
-        (2, "`metric` goes with a target max_drop, a sparsity or a quantization", (*HALF, "--metric", "accuracy")),
         (2, "--dry-run makes no model whose --metric", (*HALF, "--metric", "accuracy", "--dry-run")),
         (3, "criterion 'taylor' takes calibration data", (*HALF, "--criterion", "taylor")),
     ],

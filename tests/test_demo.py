@@ -22,7 +22,16 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("sklearn")
 
 SETTINGS = demo.Settings(
-    shares=(0.75,), sentences=4, batch=2, length=16, epochs=1, more=1, widths=(16, 16, 32), images=4, rounds=6
+    speedup=None,
+    calibration=8,
+    sentences=4,
+    batch=2,
+    length=16,
+    epochs=1,
+    more=1,
+    widths=(16, 16, 32),
+    images=4,
+    rounds=6,
 )
 INTERVAL = r"\d+\.\d\d x \(\d+\.\d\d-\d+\.\d\d\)"
 
@@ -75,13 +84,18 @@ def test_the_encoder_is_pruned_and_runs_anywhere(
         encoder = minilm.encoder()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    encoder.bert.encoder.layer = encoder.bert.encoder.layer[:2]  # a third of the layers to export, three times
+    encoder.bert.encoder.layer = encoder.bert.encoder.layer[:2]  # a third of the layers to prune and to export
     monkeypatch.setattr(minilm, "encoder", lambda: encoder)
     file = demo.prune_encoder(console, tmp_path, SETTINGS)
     (command,) = demo.show(console, [file], batch=3)
     text = console.export_text()
-    assert re.search(rf"0\.7[45]\d │ +\d+\.\d M │ +0\.\d\d\d │ +\d+\.\d │ {INTERVAL}", text)
-    assert "costs much accuracy" in text
+    cosines = {}
+    for name in ("fxprune, calibrated", "the smallest weights go"):
+        row = re.search(rf"{name} +│ +[\d.]+ M │ +[\d.]+ M │ +(0\.\d\d\d) │ +\d+\.\d │ {INTERVAL}", text)
+        assert row, text
+        cosines[name] = float(row.group(1))
+    assert cosines["fxprune, calibrated"] > cosines["the smallest weights go"]
+    assert "refitted" in text
     assert run(command, tmp_path).startswith("(3, 384) [")
     loaded = fxprune.load(tmp_path / "minilm")
     for tokens in (16, 9):  # both sizes are dynamic in the saved module

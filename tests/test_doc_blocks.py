@@ -78,9 +78,21 @@ def _llama() -> dict[str, Any]:
     return {"fxprune": fxprune, "model": transformers.LlamaForCausalLM(config).eval(), "inputs": inputs}
 
 
+def _front() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+    loader = [torch.randn(32, 8) for _ in range(2)]
+
+    def accuracy(module: torch.nn.Module) -> float:
+        return -float(module(loader[0]).detach().square().mean())
+
+    return {"fxprune": fxprune, "model": model, "x": torch.randn(4, 8), "loader": loader, "accuracy": accuracy}
+
+
 #: What a block under this heading of the README takes for granted.
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md: The original class": _llama,
+    "README.md: Several targets, one page, the same again": _front,
 }
 
 

@@ -30,7 +30,7 @@ from fxprune.pruned import Pruned
 from fxprune.saved import load_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-FILES = ["graph.json", "plan.json", "weights.safetensors"]
+FILES = ["graph.json", "plan.json", "recipe.yaml", "weights.safetensors"]
 
 
 # ---------------------------------------------------------------------- models
@@ -409,15 +409,15 @@ CHECKSUM = "is truncated or altered: its checksum is not the one in plan.json. S
         ("graph.json", _truncate, f"'{{file}}' {CHECKSUM}"),
         ("graph.json", _alter, f"'{{file}}' {CHECKSUM}"),
         ("graph.json", _change(format=2), f"'{{file}}' {CHECKSUM}"),
-        ("weights.safetensors", Path.unlink, "'{file}' is missing (found: graph.json, plan.json)"),
-        ("graph.json", Path.unlink, "'{file}' is missing (found: plan.json, weights.safetensors)"),
-        ("plan.json", Path.unlink, "'{file}' is missing (found: graph.json, weights.safetensors)"),
+        ("weights.safetensors", Path.unlink, "'{file}' is missing (found: graph.json, plan.json, recipe.yaml)"),
+        ("graph.json", Path.unlink, "'{file}' is missing (found: plan.json, recipe.yaml, weights.safetensors)"),
+        ("plan.json", Path.unlink, "'{file}' is missing (found: graph.json, recipe.yaml, weights.safetensors)"),
         ("plan.json", lambda f: f.write_text("no json"), "'{file}' is truncated or altered: Expecting value: line 1"),
         ("plan.json", lambda f: f.write_bytes(b"\xff\xfe\x00"), "'{file}' is truncated or altered: "),
         ("plan.json", _truncate, "'{file}' is truncated or altered: "),
         ("plan.json", lambda f: f.write_text("[1]"), "'{file}' is not what fxprune writes. Save the model again"),
         ("plan.json", lambda f: f.write_text("{}"), "'{file}' is not what fxprune writes. Save the model again"),
-        ("plan.json", _change(format=99), "'{file}' was written in format 99; this fxprune reads 1. Update fxprune"),
+        ("plan.json", _change(format=99), "'{file}' was written in format 99; this fxprune reads 2. Update fxprune"),
         ("plan.json", _change(plan={}), "'{file}' is altered: this is not a plan: KeyError: 'kept'. Save"),
         ("plan.json", _change(report=None), "'{folder}' cannot be read: TypeError: "),
         ("plan.json", _change(inputs={"spec": [9], "leaves": []}), "'{folder}' cannot be read: "),

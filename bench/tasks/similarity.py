@@ -116,8 +116,8 @@ def task(settings: Settings | None = None) -> Task:
         rows = drawn(len(training), samples, seed).tolist()
         texts = [training[row][place % 2] for place, row in enumerate(rows)]
         others = tuple(training[row][1 - place % 2] for place, row in enumerate(rows))
-        labels = torch.split(_dense(others, chosen.length), _BATCH)
-        batches = minilm.batches(texts, _BATCH, chosen.length, fill=True)
+        batches, order = minilm.sorted_batches(texts, _BATCH, chosen.length)
+        labels = torch.split(_dense(others, chosen.length)[order], _BATCH)
         return [(inputs, wanted.clone()) for inputs, wanted in zip(batches, labels, strict=True)]
 
     def example() -> Inputs:
@@ -132,4 +132,5 @@ def task(settings: Settings | None = None) -> Task:
         batches=calibration,
         loss=contrast,
         figures=lambda model: figures(model, chosen),
+        dynamic=minilm.DYNAMIC,
     )

@@ -42,6 +42,7 @@ class Task:
         loss: (the model's output, a batch's labels) -> a scalar, what the model was trained with.
         figures: every figure on the held-out split, by name; the first is the score. The model is in eval mode.
         baseline: -> the score of what has no network (naming the most frequent class, an n-gram model), if any.
+        dynamic: which sizes differ from batch to batch, as `fxprune.compile` takes it; None: the batch alone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     loss: Callable[[Tensor, Tensor | None], Tensor]
     figures: Callable[[nn.Module], dict[str, float]]
     baseline: Callable[[], float] | None = None
+    dynamic: dict[str, dict[int, str]] | None = None
 
     def model(self) -> nn.Module:
         """Return a fresh copy of the trained model, in eval mode; the first call on a machine trains it."""

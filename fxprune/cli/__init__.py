@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fxprune
-from fxprune.cli import bench, compile, explain, export, lists, profile
+from fxprune.cli import bench, compile, explain, export, lists, profile, report, sweep
 from fxprune.cli.console import INTERNAL, INTERRUPTED
 from fxprune.doctor import first_line
 from fxprune.errors import FxpruneError, RecipeError
@@ -45,6 +45,8 @@ app = typer.Typer(
 # In the order of the help.
 for _command in (
     compile.compile,
+    sweep.sweep,
+    report.report,
     explain.explain,
     explain.ops,
     bench.bench,

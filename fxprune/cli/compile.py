@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +39,7 @@ from fxprune.passes.choose import functions
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned, rebatch
 from fxprune.recipe import Recipe, read_recipe
-from fxprune.saved import PLAN
+from fxprune.saved import PLAN, RECIPE
 from fxprune.sources import describe_inputs, resolve
 
 
@@ -131,7 +131,9 @@ def compile(
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The same of a function model -> number, for --target max_drop=NUMBER."),
+        typer.Option(
+            metavar="NAME", help="The same of a function model -> number: reported, and what max_drop is about."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would stay and what that costs; --json prints the plan.")
@@ -214,6 +216,8 @@ def compile(
             except FxpruneError as error:  # what took long to make is saved first
                 failure = error
         progress("save")
+        options = {"calibration": calibration, "loss": loss, "metric": metric, "batch": batch}
+        pruned.report.made = replace(pruned.report.made, command=_again(model, out, options, inputs or ()))
         pruned.save(out, overwrite)
         files = [f for f in sorted(out.iterdir()) if f.is_file()]
         if onnx is not None:
@@ -291,12 +295,22 @@ def _check_before(
         raise SavedModelError(f"'{onnx}' exists; pass --overwrite, or choose another name")
 
 
+def _again(model: str, out: Path, options: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    """The command that makes the same model again beside it, by the exact recipe that is saved with it."""
+    words = ["fxprune", "compile", model, "--recipe", str(out / RECIPE)]
+    words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    words += [word for text in inputs for word in ("--input", text)]
+    return shlex.join([*words, "--out", f"{out}-again"])
+
+
 def _compiled(
     model: str, notes: list[str], pruned: Pruned, out: Path, files: list[Path], failure: FxpruneError | None
 ) -> Answer:
     commands = {
         "load": f"python -c {shlex.quote(f'import fxprune; print(fxprune.load({json.dumps(str(out))}))')}",
         "bench": f"fxprune bench {shlex.quote(str(out))} --against {shlex.quote(model)}",
+        "report": f"fxprune report {shlex.quote(str(out))}",
+        "again": pruned.report.made.command,
     }
     data = {
         "out": str(out),

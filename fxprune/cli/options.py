@@ -83,6 +83,19 @@ def parse_target(text: str) -> dict[str, Any]:
         raise RecipeError(f"--target {text}: this is none of {', '.join(TARGETS)}") from None
 
 
+def parse_targets(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Read several `--target`: KEY=VALUE or KEY=VALUE,VALUE.
+
+    >>> parse_targets(["speedup=1.5,2", "macs=0.5"])
+    [{'speedup': 1.5}, {'speedup': 2}, {'macs': 0.5}]
+    """
+    found = []
+    for text in texts:
+        key, _, values = text.partition("=")
+        found += [parse_target(f"{key}={value}") for value in values.split(",")]
+    return found
+
+
 def parse_blocks(text: str) -> str | dict[str, Any]:
     """Read `--blocks`: NAME or NAME=COUNT.
 
