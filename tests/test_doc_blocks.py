@@ -98,7 +98,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory that is thrown away; what a page registers is forgotten."""
+    """A working directory that is thrown away, and one thread; what a page registers is forgotten."""
     from fxprune.backends import BACKENDS
     from fxprune.passes import ALLOCATORS, CRITERIA
 
@@ -106,8 +106,10 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     passes.load()
     monkeypatch.chdir(tmp_path)
     tables: list[dict[Any, Any]] = [RULES, *(r._items for r in (BACKENDS, CRITERIA, ALLOCATORS))]
-    before = [set(table) for table in tables]
+    before, threads = [set(table) for table in tables], torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     for table, known in zip(tables, before, strict=True):
         for name in table.keys() - known:
             del table[name]
