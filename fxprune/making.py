@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fxprune import quantization, steps
-from fxprune.choosing import Chosen, Ready, plan_of
+from fxprune.choosing import Chosen, Ready, choose, plan_of
 from fxprune.clock import Clock
 from fxprune.emptied import without_empty
 from fxprune.errors import InputError, TargetError
@@ -130,8 +130,6 @@ def within_drop(ready: Ready, settings: Recipe, clock: Clock, metric: Metric) ->
     Raises:
         TargetError: the least that can be removed already costs more.
     """
-    from fxprune.choosing import choose
-
     assert settings.target.max_drop is not None
     best, worst = None, None
     low, high = 0.0, 1.0

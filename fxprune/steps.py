@@ -15,6 +15,7 @@ from fxprune.errors import BackendError, SavedModelError, TargetError
 from fxprune.groups import Group
 from fxprune.kept import Kept
 from fxprune.measure import measure
+from fxprune.modes import evaluating
 from fxprune.recipe import Recipe
 from fxprune.report import Refitted, Sparse, Step
 from fxprune.rewrite import Rewritten
@@ -84,12 +85,9 @@ class Work:
 
     def own_error(self) -> float | None:
         """What the module's outputs lose."""
-        interpreter, training = fx.Interpreter(self.module), self.module.training
-        self.module.eval()
-        try:
+        interpreter = fx.Interpreter(self.module)
+        with evaluating(self.module):
             return self.error(lambda inputs: interpreter.run(*inputs, enable_io_processing=False))
-        finally:
-            self.module.train(training)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from fxprune.analyse import Analysis
 from fxprune.errors import NonFiniteError, RecipeError
 from fxprune.groups import describe
 from fxprune.kept import Kept
+from fxprune.modes import evaluating
 from fxprune.passes import tune as tuning
 from fxprune.passes.calibration import Batch, Calibration
 from fxprune.passes.consumers import Contraction, contractions
@@ -192,16 +193,11 @@ class _Reconstruction:
         small = _Steps(fx.Interpreter(self.pruned.module), self.batches)
         small.before = lambda node: self._recalibrate(small, node)
         rows = relevance(self.statistics, self.data)
-        training = self.pruned.module.training
-        self.pruned.module.eval()
-        try:
-            with torch.no_grad():
-                for number, contraction in enumerate(chosen):
-                    self.statistics.say(f"reconstruct: {number} of {len(chosen)} layers")
-                    self._layer(dense, small, contraction, rows.get(contraction.node))
-                small.advance(small.nodes[-1], True)  # batch norms behind the last layer
-        finally:
-            self.pruned.module.train(training)
+        with evaluating(self.pruned.module), torch.no_grad():
+            for number, contraction in enumerate(chosen):
+                self.statistics.say(f"reconstruct: {number} of {len(chosen)} layers")
+                self._layer(dense, small, contraction, rows.get(contraction.node))
+            small.advance(small.nodes[-1], True)  # batch norms behind the last layer
         return self.result
 
     # ------------------------------------------------------------------ one layer
@@ -428,7 +424,8 @@ def reconstruct(
     result = _Reconstruction(analysis, kept, pruned, rest, known, method, damping, residual, batch_norm, sparse).run()
     if held is None:
         return result, None
-    return result, Refitted("outputs", *tuning.tune(analysis, pruned, rest, held, known, tune, rate))
+    with evaluating(pruned.module):
+        return result, Refitted("outputs", *tuning.tune(analysis, pruned, rest, held, known, tune, rate))
 
 
 def settings(recipe: Recipe, data: bool) -> tuple[Method, dict[str, Any]]:

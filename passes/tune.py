@@ -57,7 +57,7 @@ def tune(
     passes: int,
     rate: float,
 ) -> tuple[float, float]:
-    """Tune the vectors of the pruned module in place; return the error on the held-out data before and after.
+    """Tune the vectors of the pruned module, which is in eval mode, in place; return the error before and after.
 
     Args:
         data, held: see `split`.
@@ -65,7 +65,7 @@ def tune(
         rate: of Adam at the start, relative to the root mean square of each vector; it falls to zero along a cosine.
 
     Returns:
-        Squared errors of the outputs over the dense outputs' variance.
+        Squared errors of the outputs over the dense outputs' variance on the data held out.
     """
     reference = Reference(analysis, Kept({}), dense_weights(analysis.captured), None)
     # Processes take every step together: as many as the one with the least data has.
@@ -77,8 +77,6 @@ def tune(
     module = pruned.module
     vectors = [p for p in module.parameters() if p.dim() == 1 and p.is_floating_point()]
     wanted = [p.requires_grad for p in module.parameters()]
-    training = module.training
-    module.eval()
     module.requires_grad_(False)
     try:
         for p in vectors:
@@ -115,7 +113,6 @@ def tune(
     finally:
         for p, flag in zip(module.parameters(), wanted, strict=True):
             p.requires_grad_(flag)
-        module.train(training)
     return start, best
 
 

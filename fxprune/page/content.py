@@ -71,12 +71,11 @@ def page(saved: Sequence[Saved], failed: dict[str, str] | None = None) -> Page:
         (one,) = saved
         return Page(f"{one.report.model}, pruned", _lead(one.report), _sections(one, ""))
     models = ", ".join(dict.fromkeys(s.report.model for s in saved)) or "nothing"
-    sections = [Section("front", "All of them", _front(saved, failed or {}))]
+    sections = [Section("front", "All of them", _front(saved, failed or {}), "all of them")]
     for number, one in enumerate(saved, 1):
-        prefix = f"{one.name}: "
-        sections += [
-            Section(f"m{number}-{s.name}", f"{prefix}{s.title}", s.parts) for s in _sections(one, _lead(one.report))
-        ]
+        for i, part in enumerate(_sections(one, _lead(one.report))):
+            listed = "" if i else one.name
+            sections.append(Section(f"m{number}-{part.name}", f"{one.name}: {part.title}", part.parts, listed))
     return Page(f"{models}, pruned to {len(saved)} targets", "Timed in turns with the dense model.", sections)
 
 
@@ -94,7 +93,7 @@ def _sections(saved: Saved, lead: str) -> list[Section]:
         ("proof", "Proof and reconstruction", _proof(report)),
         ("again", "The same again", _again(saved)),
     ]
-    return [Section(name, title, some) for name, title, some in parts if some]
+    return [Section(name, title, some, title) for name, title, some in parts if some]
 
 
 def _lead(report: Report) -> str:

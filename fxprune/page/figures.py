@@ -37,7 +37,7 @@ def front(points: Sequence[tuple[str, float, float]], dense: float, what: str) -
     with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fxprune"}):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes: Any = figure.add_subplot()
-        every = [("dense", 1.0, dense), *points]
+        every = sorted([("dense", 1.0, dense), *points], key=lambda point: point[1])
         axes.plot([x for _, x, _ in every], [y for _, _, y in every], color="0.2", marker="o", linewidth=1.4)
         for name, x, y in every:
             axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points")

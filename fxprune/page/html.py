@@ -11,7 +11,7 @@ def html(page: Page) -> str:
     """Return the page as HTML.
 
     >>> from fxprune.page.parts import Section, Text
-    >>> text = html(Page("A <model>", "Half of it.", [Section("result", "Result", [Text("Good.")])]))
+    >>> text = html(Page("A <model>", "Half of it.", [Section("result", "Result", [Text("Good.")], "result")]))
     >>> "A &lt;model&gt;" in text, "<p>Good.</p>" in text, 'href="#result"' in text
     (True, True, True)
     """

@@ -79,11 +79,16 @@ Part = Text | Code | Table | Figure
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A headed part of the page."""
+    """A headed part of the page.
+
+    Attributes:
+        listed: what the list of contents calls it, "" where it is not in it.
+    """
 
     name: str
     title: str
     parts: list[Part]
+    listed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
