@@ -172,7 +172,6 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
         )
     info = _PyTreeInfo(data["arguments"], _spec(data["inputs"]), _spec(data["outputs"]))
     graph.set_codegen(_PyTreeCodeGen(info))
-    modes = {path: m.training for path, m in root.named_modules()}
     for child in root.modules():
         refresh(child)
     module = fx.GraphModule(root, graph, class_name=data["class"])
@@ -182,9 +181,15 @@ def read(data: dict[str, Any], tensors: dict[str, torch.Tensor], trainable: dict
             owner.register_parameter(name.rpartition(".")[2], tensor)
     for name in data["transient"]:
         _owner(module, name.rpartition(".")[0])._non_persistent_buffers_set.add(name.rpartition(".")[2])
-    for path, child in module.named_modules():
-        child.training = modes[path] if path and path in data["layers"] else data["training"]
+    set_modes(module, data)
     return module
+
+
+def set_modes(module: fx.GraphModule, data: dict[str, Any]) -> None:
+    """Put each layer into the mode that it was written in."""
+    for path, child in module.named_modules():
+        layer = data["layers"].get(path) if path else None
+        child.training = layer["training"] if layer else data["training"]
 
 
 def _owner(root: nn.Module, path: str) -> nn.Module:

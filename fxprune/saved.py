@@ -181,10 +181,12 @@ def load_pruned(directory: str | os.PathLike[str], model: nn.Module | None = Non
             plan = Plan.from_json(data["plan"])
         except SavedModelError as error:
             raise SavedModelError(f"'{folder / PLAN}' is altered: {error}. Save the model again") from error
+        graph = _read_json(folder, GRAPH)
         if model is None:
-            module = graphfile.read(_read_json(folder, GRAPH), tensors, data["trainable"])
+            module = graphfile.read(graph, tensors, data["trainable"])
         else:
             module = _replay(model, plan, args, kwargs, tensors)
+            graphfile.set_modes(module, graph)
         report = read_report(data["report"])
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise SavedModelError(f"'{folder}' cannot be read: {type(error).__name__}: {error}") from error

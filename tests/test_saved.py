@@ -190,6 +190,18 @@ def test_load_into_a_fresh_model(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(t, before[n]) for n, t in fresh.state_dict().items())
 
 
+def test_the_mode_is_the_saved_one(tmp_path: Path) -> None:
+    """Loaded either way, whatever mode a fresh model is in, and layer by layer."""
+    net = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 4)).eval()
+    net[1].train()
+    directory = fxprune.compile(net, torch.randn(4, 8), target={"macs": 0.5}).save(tmp_path / "small")
+    fresh = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 4)).train()
+    for module in (fxprune.load(directory), fxprune.load(directory, model=fresh)):
+        modes = {type(m).__name__: m.training for m in module.modules()}
+        assert modes["Dropout"] and not modes["BatchNorm1d"] and not module.training
+    assert fresh.training
+
+
 def test_saved_twice(tmp_path: Path) -> None:
     """A loaded model can be saved, and nothing changes."""
     first = compiled("text").save(tmp_path / "first")
