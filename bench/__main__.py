@@ -62,10 +62,10 @@ def page(console: Console) -> None:
             console.print(Text(f"{suite.name}: {note}"))
     quick = sum(suite.minutes[1] for suite in SUITES.values())
     console.print(
-        "Times are for two cores. Files lie in bench/results. `--quick` runs a little of all that need no GPU, "
-        f"in about {_minutes(quick)}, and writes to {QUICK_RESULTS}/ (`--out`). `--resume` goes on from an "
-        "interruption. `python -m bench.NAME --help` has each program's own options; `python -m bench.readme` puts the "
-        "figures into README.md.",
+        "Times are estimates for two idle cores. Files lie in bench/results. `--quick` runs a little of all that "
+        f"need no GPU, in about {_minutes(quick)}, and writes to {QUICK_RESULTS}/ (`--out`). `--resume` goes on from "
+        "an interruption. `python -m bench.NAME --help` has each program's own options; `python -m bench.readme` puts "
+        "the figures into README.md.",
         highlight=False,
         markup=False,
     )
