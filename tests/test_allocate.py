@@ -20,8 +20,6 @@ from fxprune import passes
 from fxprune.analyse import analyse
 from fxprune.axes import Axis
 from fxprune.backends import BACKENDS
-from fxprune.backends.base import Runner
-from fxprune.backends.timing import LEAST_REPEATS, Comparison, Latency
 from fxprune.capture import capture
 from fxprune.costs import Costs
 from fxprune.errors import TargetError
@@ -230,54 +228,19 @@ def test_tables_are_kept_on_disk(net: nn.Module, tmp_path: Path, monkeypatch: py
     assert first.change("latency", half, {}) == pytest.approx(first.latency(half) - first.latency({}))
 
 
-class Counted(Runner):
-    """A clock that no other process disturbs: a call takes one microsecond and one nanosecond a weight."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.seconds = 1e-6 + 1e-9 * sum(p.numel() for p in module.parameters())
-
-    def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        Counted.passed += self.seconds
-        return []
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-    passed = 0.0
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Backend torch on the counted clock."""
-
-    def compare(runs: dict[str, Callable[[], object]], *, reference: str, **_: Any) -> Comparison:
-        latencies = {}
-        for name, run in runs.items():
-            before = Counted.passed
-            run()
-            latencies[name] = Latency((Counted.passed - before,) * LEAST_REPEATS, 1)
-        return Comparison(reference, latencies, 0)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fxprune.passes.meet.compare", compare)
-    monkeypatch.setattr("fxprune.passes.latency.compare", compare)
-    monkeypatch.setattr(type(BACKENDS["torch"]), "_build", lambda self, module, *rest: Counted(module))
-
-
 def wide() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
 
 
 @pytest.mark.parametrize("target", [{"speedup": 1.5}, {"speedup": 2.0}, {"speedup": 3.0}, {"latency_ms": 0.2}])
-@pytest.mark.usefixtures("counted")
-def test_a_speed_up_is_met_and_reported(target: dict[str, float]) -> None:
+def test_a_speed_up_is_met_and_reported(target: dict[str, float], counted: Callable[[nn.Module], Any]) -> None:
     """What was requested, predicted and measured is in the report, with three builds at most."""
     pruned = fxprune.compile(wide(), torch.randn(64, 256), target=target, backend="torch", threads=1, round_to=4)
     clocked = pruned.report.clocked
     assert clocked is not None and 1 <= len(clocked.attempts) <= 3
     assert clocked.requested == pytest.approx(target.get("speedup", 2.0), rel=0.01)
-    whole, small = (Counted(m).seconds for m in (wide(), pruned.module))
+    whole, small = (counted(m).seconds for m in (wide(), pruned.module))
     assert clocked.attempts[clocked.taken].measured == pytest.approx(whole / small)
     assert whole / small == pytest.approx(clocked.requested, rel=0.03)
     assert f"speed-up requested {clocked.requested:.2f}, predicted" in str(pruned.report)
