@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from fxprune import quantization, steps
@@ -157,13 +158,14 @@ def within_drop(ready: Ready, settings: Recipe, clock: Clock, metric: Metric) ->
 
 
 def measured(metric: Metric, model: nn.Module) -> float:
-    """Return a user's metric of a model.
+    """Return a user's metric of a model, taken without gradients.
 
     Raises:
         InputError: it fails, or what it gives is no finite number.
     """
     try:
-        value = metric(model)
+        with torch.no_grad():
+            value = metric(model)
     except Exception as error:
         raise InputError(f"the metric fails: {type(error).__name__}: {error}") from error
     try:
