@@ -43,6 +43,11 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} '{name}' is registered twice: by {self._items[name]!r} and {item!r}")
         self._items[name] = item
 
+    def remove(self, name: str) -> None:
+        """Forget a name, so that it can be registered anew."""
+        self[name]
+        del self._items[name]
+
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers what it decorates under `name`."""
 

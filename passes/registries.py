@@ -106,6 +106,7 @@ def criterion(
     ...     return np.arange(group.size, dtype=float)
     >>> "doc-last" in CRITERIA
     True
+    >>> CRITERIA.remove("doc-last")
     """
 
     def decorate(score: Callable[..., Scores]) -> Callable[..., Scores]:

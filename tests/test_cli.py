@@ -153,7 +153,19 @@ def test_help_names_every_target_and_every_exit_code(folder: Path) -> None:
 
 def test_every_command_has_json_and_one_line_of_help() -> None:
     group = typer.main.get_command(cli.app)
-    names = {"compile", "explain", "ops", "bench", "profile", "criteria", "backends", "doctor", "export"}
+    names = {
+        "compile",
+        "explain",
+        "ops",
+        "bench",
+        "profile",
+        "criteria",
+        "backends",
+        "doctor",
+        "export",
+        "report",
+        "sweep",
+    }
     assert set(group.commands) == names  # type: ignore[attr-defined]
     for name in names:
         assert "--json" in options(name)

@@ -79,13 +79,13 @@ def test_heavy_models_that_are_not_what_was_captured(monkeypatch: pytest.MonkeyP
 
 def test_heavy_models_have_their_vectors_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxprune.prove.HEAVY", 0)
-    original = fxprune.api.rewrite
+    original = fxprune.making.rewrite
 
     def rewrite(*args: Any) -> Any:
         result = original(*args)
         result.module.embed.bias.data += 1
         return result
 
-    monkeypatch.setattr("fxprune.api.rewrite", rewrite)
+    monkeypatch.setattr("fxprune.making.rewrite", rewrite)
     with pytest.raises(ProofError, match="is not what is kept of"):
         fxprune.compile(Tokens().eval(), torch.randn(2, 40, 6), target={"macs": 0.6}, round_to=1)
