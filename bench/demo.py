@@ -19,14 +19,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 import fxprune
 from bench import machine
 from bench.tasks import digits, minilm
 from bench.tasks.training import showing as training
-from fxprune.backends import BACKENDS
-from fxprune.backends.timing import Comparison, Interval, compare
+from fxprune.backends.timing import Interval
 from fxprune.page import html, read
 from fxprune.page import page as about
 
@@ -36,7 +34,7 @@ THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much is done; the defaults take about four minutes on two idle cores.
+    """How much is done; the defaults take about five minutes on two idle cores.
 
     Attributes:
         speedup: asked for, on the clock; None: half of the multiply-accumulates, where time does not matter.
@@ -52,7 +50,7 @@ class Settings:
 
     speedup: float | None = 2.0
     calibration: int = 1024
-    sentences: int = 256
+    sentences: int = 128
     batch: int = 8
     length: int = 128
     epochs: int = 5
@@ -86,14 +84,6 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:#.3g} {name}"
     return f"{number:.0f}"
-
-
-def timed(models: dict[str, nn.Module], inputs: tuple[Tensor, ...], rounds: int) -> Comparison:
-    """Build all models on onnxruntime and time them in turns; the first is what the others are compared with."""
-    backend = BACKENDS[BACKEND]
-    runners = {name: backend.build(model, inputs, threads=THREADS) for name, model in models.items()}
-    calls = {name: lambda runner=runner: runner.run(*inputs) for name, runner in runners.items()}  # type: ignore[misc, unused-ignore]
-    return compare(calls, reference=next(iter(models)), repeats=rounds, warmup=2)
 
 
 def command(file: Path, batch: int) -> str:
@@ -134,6 +124,7 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
     sentences = minilm.sentences(settings.sentences + settings.calibration)
     held_out, known = sentences[: settings.sentences], sentences[settings.sentences :]
     inputs = minilm.tokenize(held_out[: settings.batch], length=settings.length)
+    batches = minilm.sorted_batches(held_out)[0]
     with stage(console) as progress:
         calibrated = fxprune.compile(
             dense,
@@ -141,14 +132,15 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
             target=settings.target,
             calibration=minilm.sorted_batches(known, length=settings.length)[0],
             dynamic_shapes=minilm.DYNAMIC,
-            metric=lambda model: minilm.cosine(dense, model, minilm.sorted_batches(held_out)[0]),
+            metric=lambda model: minilm.cosine(dense, model, batches),
             threads=THREADS,
             progress=progress,
         )
         share = calibrated.report.macs.ratio
         plain = fxprune.compile(dense, inputs, target={"macs": share}, dynamic_shapes=minilm.DYNAMIC)
-    pruned = {"fxprune, calibrated": calibrated, "the smallest weights go": plain}
-    latency = timed({"dense": dense, **{name: p.module for name, p in pruned.items()}}, inputs, settings.rounds)
+    latency = calibrated.measure(backend=BACKEND, threads=THREADS, rounds=settings.rounds)
+    report = calibrated.report
+    assert report.metric is not None
     table = Table(
         title=f"{settings.sentences} sentences; onnxruntime, batch {settings.batch}, {settings.length} tokens, "
         f"{THREADS} threads, {settings.rounds} rounds",
@@ -157,23 +149,17 @@ def prune_encoder(console: Console, out: Path, settings: Settings) -> Path:
     table.add_column("")
     for column in ("MACs", "parameters", "mean cosine", "ms", "speed-up (95 %)"):
         table.add_column(column, justify="right")
-    report = calibrated.report
-    ms = latency.latencies["dense"].median * 1e3
-    table.add_row("dense", count(report.macs.dense), count(report.params.dense), "1.000", f"{ms:.1f}", "")
-    batches = minilm.sorted_batches(held_out)[0]
-    for name, result in pruned.items():
-        table.add_row(
-            name,
-            count(result.report.macs.pruned),
-            count(result.report.params.pruned),
-            f"{minilm.cosine(dense, result.module, batches):.3f}",
-            f"{latency.latencies[name].median * 1e3:.1f}",
-            speed(latency.ratio(name)),
-        )
+    ms, faster = latency.milliseconds, Interval(latency.speedup, *latency.interval)
+    table.add_row("dense", count(report.macs.dense), count(report.params.dense), "1.000", f"{ms.dense:.1f}", "")
+    alike = [f"{report.metric.pruned:.3f}", f"{minilm.cosine(dense, plain.module, batches):.3f}"]
+    for name, pruned, cosine, time in (
+        ("fxprune, calibrated", report, alike[0], (f"{ms.pruned:.1f}", speed(faster))),
+        ("the smallest weights go", plain.report, alike[1], ("", "")),
+    ):
+        table.add_row(name, count(pruned.macs.pruned), count(pruned.params.pruned), cosine, *time)
     console.print(table)
     for line in report.lines():
         console.print(line, highlight=False, markup=False)
-    calibrated.measure(backend=BACKEND, threads=THREADS, rounds=settings.rounds)
     return keep(calibrated, out, "minilm", console)
 
 

@@ -90,8 +90,8 @@ def test_the_encoder_is_pruned_and_runs_anywhere(
     (command,) = demo.show(console, [file], batch=3)
     text = console.export_text()
     cosines = {}
-    for name in ("fxprune, calibrated", "the smallest weights go"):
-        row = re.search(rf"{name} +│ +[\d.]+ M │ +[\d.]+ M │ +(0\.\d\d\d) │ +\d+\.\d │ {INTERVAL}", text)
+    for name, time in (("fxprune, calibrated", rf"\d+\.\d │ {INTERVAL}"), ("the smallest weights go", "")):
+        row = re.search(rf"{name} +│ +[\d.]+ M │ +[\d.]+ M │ +(0\.\d\d\d) │ +{time}", text)
         assert row, text
         cosines[name] = float(row.group(1))
     assert cosines["fxprune, calibrated"] > cosines["the smallest weights go"]
