@@ -25,7 +25,7 @@ from fxprune.errors import FxpruneError, InputError, RecipeError, SavedModelErro
 from fxprune.making import make, within_drop
 from fxprune.pruned import Pruned
 from fxprune.recipe import Recipe
-from fxprune.report import Latency, Pair
+from fxprune.report import Latency, Pair, Report
 
 #: What `Sweep.save` writes beside the models.
 INDEX = "sweep.json"
@@ -221,19 +221,22 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / INDEX).is_file())):
         raise SavedModelError(f"'{folder}' exists and is no sweep of fxprune; choose another name")
     if (folder / INDEX).is_file() and not overwrite:
-        raise SavedModelError(f"'{folder}' holds a sweep; pass overwrite=True, or choose another name")
+        raise SavedModelError(f"'{folder}' holds a sweep; pass overwrite=True (--overwrite), or choose another name")
 
 
-def points(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the accuracy and the speed of each report that has both, fastest last.
+def points(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
+    """Return the accuracy and the speed of each timed report, fastest last, where they can be compared.
 
-    The accuracy is the metric, or where there is none 1 minus the error of the outputs.
+    The accuracy is the metric, or where none has one 1 minus the error of the outputs. Nothing is returned for
+    different models, or where only some have the metric.
     """
+    timed = {name: r for name, r in reports.items() if r.latency}
+    alike = {(r.model, r.params.dense, r.metric is None, r.error is None) for r in timed.values()}
+    if len(alike) != 1 or next(iter(alike))[2:] == (True, True):
+        return []
     found = []
-    for name, report in reports.items():
-        if not report.latency or (report.metric is None and report.error is None):
-            continue
+    for name, report in timed.items():
         speedup = statistics.median(row.speedup for row in report.latency)
-        left = report.metric.pruned if report.metric is not None else 1 - report.error
+        left = report.metric.pruned if report.metric is not None else 1 - (report.error or 0.0)
         found.append({"name": name, "speedup": speedup, "left": left})
     return sorted(found, key=lambda point: float(point["speedup"]))

@@ -192,6 +192,12 @@ def test_a_sweep_has_its_front_first(swept: Path) -> None:
     assert len(names) == len(set(names)) and "m1-layers" in names and "m2-layers" in names
 
 
+def test_different_models_have_no_common_front(saved: Path, swept: Path) -> None:
+    """Nor have those of which only one has a metric: their accuracies are not one thing."""
+    for part in page(*read([saved, swept])).sections[0].parts:
+        assert not isinstance(part, Figure)
+
+
 def test_without_matplotlib_the_numbers_stay(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -255,7 +261,7 @@ def test_a_sweep_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     parsed((tmp_path / "front" / "report.html").read_text())
     assert "macs=0.5" in (tmp_path / "front" / "report.md").read_text()
     again = CliRunner().invoke(cli.app, ["sweep", *given, "--no-measure"])
-    assert again.exit_code == SavedModelError.exit_code and "pass --overwrite" in again.stderr
+    assert again.exit_code == SavedModelError.exit_code and "(--overwrite)" in again.stderr
     shown = CliRunner().invoke(cli.app, ["sweep", *given, "--no-measure", "--overwrite", "--target", "macs=0.001"])
     assert shown.exit_code == 0 and "macs=0.001 was not reached" in shown.stdout
 

@@ -13,7 +13,7 @@ from fxprune import named
 from fxprune.cli.console import Answer, Progress, command
 from fxprune.cli.options import TARGETS, Inputs, Json, Model, Threads, parse_targets
 from fxprune.data import FORMS, read_data
-from fxprune.errors import FxpruneError, SavedModelError
+from fxprune.errors import FxpruneError
 from fxprune.page import html, markdown, page, read
 from fxprune.pruned import rebatch
 from fxprune.recipe import read_recipe
@@ -58,18 +58,11 @@ def sweep(
 ) -> Answer:
     """Prune MODEL to several targets in one go, time the results together, and draw accuracy over speed."""
     targets = parse_targets(target)
-    if out.exists():
-        try:
-            check_free(out, overwrite)
-        except SavedModelError as error:
-            raise SavedModelError(str(error).replace("pass overwrite=True", "pass --overwrite")) from None
-    settings: dict[str, Any] = {}
-    if recipe is not None:
-        settings = read_recipe(recipe, target=targets[0]).model_dump(exclude_unset=True)
-        settings.pop("target")
+    check_free(out, overwrite)
+    settings = read_recipe(recipe, target=targets[0], threads=threads)
     failure: FxpruneError | None = None
     with Progress().running() as progress:
-        seed = settings.get("seed", 0)
+        seed = settings.seed
         data = read_data(calibration, seed) if calibration is not None else None
         functions: dict[str, Any] = {
             "loss": named.function(loss, "a function (output, labels) -> scalar", seed) if loss else None,
@@ -88,7 +81,7 @@ def sweep(
             source.module,
             args,
             targets,
-            {**settings, **({"threads": threads} if threads else {}), "target": targets[0]},
+            settings,
             kwargs=kwargs,
             progress=progress,
             calibration=batches,

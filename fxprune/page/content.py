@@ -76,7 +76,9 @@ def page(saved: Sequence[Saved], failed: dict[str, str] | None = None) -> Page:
         for i, part in enumerate(_sections(one, _lead(one.report))):
             listed = "" if i else one.name
             sections.append(Section(f"m{number}-{part.name}", f"{one.name}: {part.title}", part.parts, listed))
-    return Page(f"{models}, pruned to {len(saved)} targets", "Timed in turns with the dense model.", sections)
+    return Page(
+        f"{models}: {len(saved)} pruned models", "Speed-ups are over each one's dense model, timed in turns.", sections
+    )
 
 
 # ---------------------------------------------------------------------- one model
