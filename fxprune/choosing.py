@@ -35,6 +35,7 @@ class Ready:
         data: calibration batches, or None.
         turned: notes on what was turned into principal components.
         chooser: the groups scored, None where nothing is scored.
+        metric: the dense model's, once it is known.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Ready:
     data: Any = None
     turned: list[str] = field(default_factory=list)
     chooser: Any = None
+    metric: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

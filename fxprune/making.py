@@ -45,7 +45,8 @@ def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None =
 
     ready, kept = chosen.ready, chosen.kept
     model, analysis, data = ready.model, ready.analysis, ready.data
-    dense = None if metric is None else measured(metric, model)
+    if metric is not None and ready.metric is None:
+        ready.metric = measured(metric, model)
     with clock.stage("rewrite"):
         rewritten = rewrite(analysis, kept, model, chosen.biases)
         written = module_like(model, analysis, kept, rewritten.module, settings.seed) if settings.keep_class else None
@@ -89,8 +90,8 @@ def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None =
     report.refitted, report.tuned = refitted, tuned
     with clock.stage("compare"):
         report.error = work.own_error()
-        if metric is not None and dense is not None:
-            report.metric = Pair(dense, measured(metric, module))
+        if metric is not None and ready.metric is not None:
+            report.metric = Pair(ready.metric, measured(metric, module))
     report.seconds = clock.seconds
     if done is not None:
         report.steps, report.sparse, report.unfit = [done.step], done.rows, done.unfit

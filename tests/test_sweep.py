@@ -92,6 +92,18 @@ def test_targets_that_make_no_sense(targets: Any, error: type[Exception], messag
         fxprune.sweep(net(), X, targets)
 
 
+def test_the_dense_models_metric_is_taken_once() -> None:
+    dense = net()
+    asked: list[bool] = []
+
+    def metric(model: nn.Module) -> float:
+        asked.append(model is dense)
+        return closeness(model)
+
+    fxprune.sweep(dense, X, [*TARGETS, {"max_drop": 1.0}], metric=metric)
+    assert sum(asked) == 1 and len(asked) > 4
+
+
 def test_a_metric_that_fails_stops_all() -> None:
     with pytest.raises(InputError, match="the metric gives"):
         fxprune.sweep(net(), X, TARGETS, metric=lambda m: float("nan"))
