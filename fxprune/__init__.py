@@ -19,12 +19,14 @@ from fxprune.report import Report
 from fxprune.rules.core import register_rule
 from fxprune.saved import load
 from fxprune.sweep import Sweep, sweep
+from fxprune.training.pruner import Pruner
 
 __version__ = "0.1.0"
 __all__ = [
     "FxpruneError",
     "Plan",
     "Pruned",
+    "Pruner",
     "Recipe",
     "Report",
     "Sweep",

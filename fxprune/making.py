@@ -63,13 +63,20 @@ def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None =
     plan, done, notes = chosen.plan, None, list(chosen.notes)
     work = _work(ready, kept, rewritten, settings, metric)
     wanted = sparsify.settings(settings, data is not None)
+    counted = False
     if wanted is not None:
         with clock.stage("sparsify"):
             done = steps.sparsify(work, wanted, plan.masks)
             plan = dataclasses.replace(plan, masks=Masks(done.masks))
             refitted, tuned = done.refitted or refitted, done.tuned or tuned
+            counted = isinstance(wanted.pattern, NOfM)
+    elif plan.masks:
+        with clock.stage("mask"):
+            done = steps.masked(work, plan.masks)
+    if done is not None:
+        with clock.stage("remove what is empty"):
             emptied = None
-            if done.masks and not settings.keep_class and not isinstance(wanted.pattern, NOfM):
+            if done.masks and not settings.keep_class and not counted:
                 emptied = without_empty(analysis, plan, rewritten, ready.args, ready.kwargs, settings, done.masks)
             if emptied is not None:
                 kept, rewritten.module = emptied.kept, emptied.module

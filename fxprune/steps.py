@@ -154,6 +154,24 @@ def sparsify(work: Work, wanted: Any, given: Mapping[str, Tensor]) -> Patterned:
     return Patterned(step, sparsifier.masks, sparsifier.rows, unfit, refitted, tuned)
 
 
+def masked(work: Work, given: Mapping[str, Tensor]) -> Patterned:
+    """Multiply the module's weights with masks of a plan that no sparsity of the recipe speaks of, in place.
+
+    Raises:
+        SavedModelError: they are not of this module.
+    """
+    from fxprune.passes.patterns.registry import lost_share
+
+    _check(work.module, given)
+    rows = []
+    with torch.no_grad():
+        for name, mask in given.items():
+            weight = work.module.get_parameter(name)
+            rows.append(Sparse(name, tuple(mask.shape), "masks", float(mask.double().mean()), lost_share(weight, mask)))
+            weight.mul_(mask.to(weight.device))
+    return Patterned(Step("masks of the plan", True), dict(given), rows)
+
+
 def _check(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Refuse masks of a plan that are not of this module.
 

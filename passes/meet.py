@@ -82,25 +82,46 @@ def meet(
     goal = recipe.target.speedup
     if goal is None:
         assert recipe.target.latency_ms is not None
-        timed = loop._compare(dense).latencies["dense"]
-        goal = timed.median * 1e3 / recipe.target.latency_ms
+        whole = loop._compare(dense).latencies["dense"]
+        goal = whole.median * 1e3 / recipe.target.latency_ms
         if goal <= 1:
             return Kept({}), Clocked(goal, backend.key, threads)
-    costs = chooser.costs
-    if not isinstance(costs, LatencyCosts):  # else measured for an earlier target
-        progress("measure its parts")
-        costs = chooser.costs = tables(
-            analysis,
-            model,
-            chooser.eligible,
-            backend,
-            lambda group: step(group, chooser.multiple),
-            threads=threads,
-            whole=lambda clock: clock.ratios({"dense": dense.bind(*args, **kwargs)})["dense"],
-            progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
-        )
+    costs = timed(chooser, model, args, kwargs, backend, progress, dense)
     result = Clocked(goal, backend.key, threads, residual=costs.residual)
     return _attempt(loop, costs, result, progress), result
+
+
+def timed(
+    chooser: Chooser,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backend: Backend,
+    progress: Callable[[str], None] = lambda stage: None,
+    dense: Runner | None = None,
+) -> LatencyCosts:
+    """Return the chooser's costs with the times of the model's parts, measured the first time.
+
+    Args:
+        dense: the model built, where it is.
+    """
+    if isinstance(chooser.costs, LatencyCosts):
+        return chooser.costs
+    threads = chooser.recipe.threads or torch.get_num_threads()
+    if dense is None:
+        dense = backend.build(model, args, kwargs, threads=threads, dynamic=chooser.analysis.captured.dynamic)
+    progress("measure its parts")
+    costs = chooser.costs = tables(
+        chooser.analysis,
+        model,
+        chooser.eligible,
+        backend,
+        lambda group: step(group, chooser.multiple),
+        threads=threads,
+        whole=lambda clock: clock.ratios({"dense": dense.bind(*args, **kwargs)})["dense"],
+        progress=lambda done, count: progress(f"measure its parts: {done} of {count}"),
+    )
+    return costs
 
 
 def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callable[[str], None]) -> Kept:

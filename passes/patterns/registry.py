@@ -73,6 +73,16 @@ class Method:
     refit: bool = True
 
 
+def lost_share(weight: Tensor, mask: Tensor) -> float:
+    """Return the share of a weight's squares that a mask takes away.
+
+    >>> lost_share(torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
+    0.1
+    """
+    squares = weight.detach().double().square()
+    return float((squares * ~mask.to(weight.device)).sum() / squares.sum().clamp_min(1e-300))
+
+
 METHODS: Registry[Method] = Registry("sparsity method")
 
 

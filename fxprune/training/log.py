@@ -1,0 +1,83 @@
+"""What is written down at every update: for the terminal, as CSV, for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One update.
+
+    Attributes:
+        step: before which it was made.
+        sparsity: share of the masked weights' entries that is zero.
+        gone, target: share of the units (or of the cost) that is gone, and that is to be at the end.
+        macs: share of the multiply-accumulates that stays, as far as widths, heads and layers go.
+        loss: of the last step, where it is known.
+    """
+
+    step: int
+    sparsity: float
+    gone: float
+    target: float
+    macs: float
+    loss: float | None = None
+
+    def line(self) -> str:
+        """Return the row in a sentence.
+
+        >>> Row(20, 0.25, 0.3, 0.5, 0.8).line()
+        'step 20: 30.0% of 50.0% gone, sparsity 25.0%, MACs 0.800'
+        """
+        loss = "" if self.loss is None else f", loss {self.loss:.4g}"
+        return (
+            f"step {self.step}: {self.gone:.1%} of {self.target:.1%} gone, sparsity {self.sparsity:.1%}, "
+            f"MACs {self.macs:.3f}{loss}"
+        )
+
+
+class Log:
+    """Rows, and the files that they go to.
+
+    Args:
+        folder: for `pruning.csv`, and TensorBoard's event file where tensorboard is installed; None for neither.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.rows: list[Row] = []
+        self._folder = folder
+        self._board: Any = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder))
+            except ImportError:
+                pass  # the CSV has the same
+
+    def add(self, row: Row) -> None:
+        """Write a row down."""
+        self.rows.append(row)
+        if self._folder is None:
+            return
+        path = self._folder / "pruning.csv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            if new:
+                writer.writeheader()
+            writer.writerow(asdict(row))
+        if self._board is not None:
+            for name, value in asdict(row).items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"pruning/{name}", value, row.step)
+
+    def close(self) -> None:
+        """Close files."""
+        if self._board is not None:
+            self._board.close()

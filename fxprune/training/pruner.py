@@ -1,0 +1,479 @@
+"""`Pruner`: masks that close while a model trains, in an ordinary training loop, and a smaller model at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.admit import admit
+from fxprune.analyse import analyse
+from fxprune.axes import Axis
+from fxprune.capture import capture, example
+from fxprune.copies import copied
+from fxprune.costs import Costs
+from fxprune.errors import InputError, NonFiniteError
+from fxprune.groups import find_groups
+from fxprune.pruned import Pruned
+from fxprune.recipe import read_recipe
+from fxprune.training.finish import finished
+from fxprune.training.log import Log, Row
+
+#: What a checkpoint says that it is.
+_FORMAT = 1
+
+
+class Pruner:
+    """Prunes a model while it is trained.
+
+    The model's weights get masks, as parametrisations of its modules (`torch.nn.utils.parametrize`): the optimizer, its
+    state, mixed precision, gradient accumulation and clipping, DistributedDataParallel and torch.compile work as
+    before. Make the Pruner before the model is sharded (FSDP) or wrapped.
+
+    Three ways to drive it, which are one: `attach(optimizer)` and nothing else; the hooks `on_step_begin`,
+    `on_before_optimizer_step`, `on_step_end` in the loop, with `on_epoch_begin` and `on_epoch_end` around it; or
+    callbacks (`fxprune.training.callbacks`). A step is a step of the optimizer.
+
+    Args:
+        model: that is trained; its modules are parametrised in place, until `finish`.
+        example_inputs, kwargs, dynamic_shapes: as `fxprune.compile` takes them.
+        pruning: one pruning, or a list of several on different layers: see `fxprune.passes.training.Stage`.
+        steps: of the whole run, where known: schedules without an end need it, and one that ends later is refused.
+        steps_per_epoch: for schedules in epochs.
+        backend, threads: that a target on the clock is measured on.
+        seed: of what methods draw.
+        log: a folder for `pruning.csv`, and TensorBoard's events where that is installed; None for none.
+        checkpoint: a file that `save` writes to by default, and that non-finite scores leave behind.
+        progress: called with a line at every update.
+
+    Raises:
+        RecipeError: a key, a method, a pattern or a glob is unknown, or parts contradict each other.
+        TargetError: a target that the bounds or the smallest widths do not allow; said before anything is trained.
+        InputError, CaptureError: see `fxprune.compile`.
+
+    >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    >>> optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    >>> pruner = Pruner(net, torch.randn(2, 8), {"pattern": "channel", "target": 0.5, "schedule": {"end": 3}})
+    >>> pruner = pruner.attach(optimizer)
+    >>> for _ in range(5):
+    ...     optimizer.zero_grad()
+    ...     net(torch.randn(16, 8)).square().mean().backward()
+    ...     optimizer.step()
+    >>> pruner.finish().module
+    Sequential(
+      (0): Linear(in_features=8, out_features=32, bias=True)
+      (2): Linear(in_features=32, out_features=4, bias=True)
+    )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        pruning: Any,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        dynamic_shapes: Mapping[str, Mapping[int, Any]] | bool | None = None,
+        steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        backend: str | Mapping[str, Any] = "onnxruntime",
+        threads: int | None = None,
+        seed: int = 0,
+        log: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        from fxprune.passes import training
+        from fxprune.passes.training.masked import Weights
+        from fxprune.passes.training.pruning import Pruning, Subject
+
+        training.load()
+        told = training.stages(pruning)
+        args, keywords = example(example_inputs, kwargs)
+        inner = _inner(model)
+        reference = admit(copied(inner)).model
+        captured = capture(reference, args, keywords, dynamic_shapes)
+        analysis = analyse(captured)
+        recipe = read_recipe({"target": {"params": 1.0}, "backend": backend, "threads": threads, "seed": seed})
+        self.model = inner
+        self.step, self.steps = 0, steps
+        self._subject = Subject(
+            analysis,
+            find_groups(analysis),
+            Costs(analysis),
+            reference,
+            Weights(inner, captured.aliases),
+            args,
+            keywords,
+            recipe,
+            progress or (lambda text: None),
+        )
+        self._prunings = [
+            Pruning.of(stage, self._subject, stage.schedule.schedule(steps, steps_per_epoch), seed + i, steps)
+            for i, stage in enumerate(told)
+        ]
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._log = Log(None if log is None else Path(log))
+        self._say = progress or (lambda text: None)
+        self._begun: int | None = None
+        self._hooks: list[Any] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._loss: float | None = None
+        self._snapshot: dict[str, Tensor] | None = None
+        self._done = False
+        for one in self._prunings:
+            one.method.start(one)
+            through, soft = one.method.through, one.method.soft
+            for name in dict.fromkeys(n for u in one.units for n in u.weights):
+                self._subject.weights.add(name, through=through, soft=soft)
+        self._forgetful()
+
+    # ------------------------------------------------------------------ driving it
+    def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
+        """Follow an optimizer: before and after each of its steps this does what is to be done. Returns itself.
+
+        Raises:
+            InputError: one is followed already, or it holds none of the model's parameters.
+        """
+        if self._hooks:
+            raise InputError("an optimizer is attached already; `detach` it first")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = {id(p) for p in self.model.parameters()}
+        if not held & mine:
+            raise InputError("the optimizer holds no parameter of the model that is pruned")
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()),
+            optimizer.register_step_post_hook(lambda *_: self._next()),
+        ]
+        self._optimizers = [optimizer]
+        self.on_step_begin()
+        return self
+
+    def detach(self) -> None:
+        """Follow the optimizer no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def fit(self, train: Callable[..., Any]) -> Pruned:
+        """Call a function that trains the model and calls the hooks (or attaches), then finish.
+
+        Args:
+            train: takes the model.
+        """
+        self.on_train_begin()
+        train(self.model)
+        self.on_train_end()
+        return self.finish()
+
+    def on_train_begin(self) -> None:
+        """Begin. The first `on_step_begin` does the same."""
+        self.on_step_begin()
+
+    def on_epoch_begin(self, epoch: int = 0) -> None:
+        """An epoch begins. Schedules count steps, so that this is for what looks at epochs by itself."""
+
+    def on_step_begin(self, step: int | None = None) -> None:
+        """Before the forward pass: what goes now goes, and gates are drawn.
+
+        Args:
+            step: is counted by the Pruner itself, in steps of the optimizer; what is passed is not looked at.
+        """
+        self._live()
+        if self._begun == self.step:
+            return
+        self._begun = self.step
+        changed = [one.update(self.step) for one in self._prunings]
+        for one in self._prunings:
+            one.method.before_forward(one)
+        if any(changed) or self.step == 0:
+            self._set_masks()
+            self._rewind([p for p, new in zip(self._prunings, changed, strict=True) if new])
+            self._write()
+        self._set_gates()
+
+    def on_before_optimizer_step(self, loss: Tensor | float | None = None) -> None:
+        """After the backward pass: gradients are looked at, and changed where the method says so.
+
+        Args:
+            loss: of the step, for the log.
+
+        Raises:
+            NonFiniteError: loss or gradients are NaN or infinite; the state is saved where there is a checkpoint file.
+        """
+        self._live()
+        if loss is not None:
+            self._loss = float(loss)
+        self._check_finite()
+        weights = self._subject.weights
+        with torch.no_grad():
+            for one in self._prunings:
+                one.step = self.step
+                with torch.enable_grad():
+                    one.method.before_step(one)
+                one.fresh()
+            free = {n for one in self._prunings if one.method.trains_masked for u in one.units for n in u.weights}
+            for one in self._prunings:
+                if one.method.through:
+                    for name in dict.fromkeys(n for u in one.units for n in u.weights):
+                        if name not in free:
+                            weights.mask_gradient(name)
+                            free.add(name)
+
+    def on_after_optimizer_step(self) -> None:
+        """After the optimizer's step: the same as `on_step_end`, and only one of the two counts."""
+        self.on_step_end()
+
+    def on_step_end(self) -> None:
+        """After the optimizer's step: the step is counted."""
+        self._live()
+        if self._begun != self.step:
+            return
+        for one in self._prunings:
+            one.method.after_step(one)
+        self._forgetful()
+        self.step += 1
+
+    def on_epoch_end(self) -> None:
+        """An epoch ends."""
+
+    def on_before_eval(self) -> None:
+        """Before an evaluation: nothing has to be done, in eval mode what counts is what would stay."""
+
+    def on_after_eval(self) -> None:
+        """After an evaluation."""
+
+    def on_train_end(self) -> None:
+        """The run ends: the last update is made if the schedule ends here."""
+        self.on_step_begin()
+
+    def _next(self) -> None:
+        self.on_step_end()
+        self.on_step_begin()
+
+    # ------------------------------------------------------------------ what is said about it
+    @property
+    def prunings(self) -> list[Any]:
+        """What runs: `fxprune.passes.training.pruning.Pruning`, with units, masks and what is left alone."""
+        return self._prunings
+
+    @property
+    def rows(self) -> list[Row]:
+        """What was written down at every update."""
+        return self._log.rows
+
+    def sparsity(self) -> float:
+        """Return the share of the masked weights' entries that is zero now."""
+        weights = self._subject.weights
+        total = sum(weights.mask(n).numel() for n in weights)
+        return sum(int((~weights.mask(n)).sum()) for n in weights) / total if total else 0.0
+
+    def unfit(self) -> dict[str, str]:
+        """Return layers and groups that are not pruned, and why."""
+        return {name: why for one in self._prunings for name, why in one.found.unfit.items()}
+
+    # ------------------------------------------------------------------ the end
+    def finish(
+        self,
+        *,
+        calibration: Any = None,
+        metric: Callable[[nn.Module], float] | None = None,
+        fill: float | None = None,
+        **overrides: Any,
+    ) -> Pruned:
+        """Return the smaller model, proved, as `fxprune.compile` does; the model is plain again, with its zeros.
+
+        Units of axes that are gone are removed. Inside weights zeros stay, and what they have emptied (rows, columns,
+        heads, whole layers) is removed, too.
+
+        Args:
+            calibration: batches, for `quantization`.
+            metric: model -> number, for the report.
+            fill: zeros inside what stays become small random numbers instead, as far as patterns of blocks go: so many
+                times the standard deviation of the weight. Then it can be trained on as a dense model.
+            overrides: keys of `fxprune.recipe.Recipe`: `quantization="int8"`, `proof="quick"`, `keep_class=True`.
+
+        Raises:
+            TargetError: the schedule is not at its end.
+            ProofError, WriteBackError: see `fxprune.compile`.
+        """
+        self._live()
+        self.on_step_begin()
+        self.detach()
+        result = finished(self, calibration, metric, fill, overrides)
+        self._done = True
+        self._log.close()
+        return result
+
+    # ------------------------------------------------------------------ checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on: beside the model's and the optimizer's own."""
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "begun": self._begun,
+            "prunings": [one.state() for one in self._prunings],
+            "snapshot": self._snapshot,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            InputError: it is of another model or of other stages.
+        """
+        if state.get("format") != _FORMAT or len(state.get("prunings", ())) != len(self._prunings):
+            raise InputError("this is no state of a Pruner with these stages")
+        for one, own in zip(self._prunings, state["prunings"], strict=True):
+            one.load(own)
+        self.step, self._begun, self._snapshot = state["step"], state["begun"], state["snapshot"]
+        self._set_masks()
+        self._set_gates()
+
+    def save(self, file: str | os.PathLike[str] | None = None, **more: Any) -> Path:
+        """Write the Pruner's state, the model's and the attached optimizer's into one file, all or nothing.
+
+        Args:
+            file: by default the Pruner's `checkpoint`.
+            more: what else the run needs, plain values and tensors: the epoch, a scheduler's state.
+        """
+        path = Path(file) if file is not None else self._checkpoint
+        if path is None:
+            raise InputError("say where: `save(file)`, or pass `checkpoint` to the Pruner")
+        content = {
+            "pruner": self.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self._optimizers],
+            "random": torch.get_rng_state(),
+            "more": more,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(content, partial)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+        return path
+
+    def load(self, file: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Go on from what `save` wrote; returns what was passed to it beside.
+
+        Raises:
+            InputError: there is no such file, or it is of another model or of other stages.
+        """
+        path = Path(file) if file is not None else self._checkpoint
+        if path is None or not path.exists():
+            raise InputError(f"there is no checkpoint {path}")
+        content = torch.load(path, weights_only=True)
+        self.model.load_state_dict(content["model"])
+        for optimizer, own in zip(self._optimizers, content["optimizers"], strict=False):
+            optimizer.load_state_dict(own)
+        torch.set_rng_state(content["random"])
+        self.load_state_dict(content["pruner"])
+        more: dict[str, Any] = content["more"]
+        return more
+
+    # ------------------------------------------------------------------ inside
+    def _live(self) -> None:
+        if self._done:
+            raise InputError("this Pruner has finished; make another one for another run")
+
+    def _set_masks(self) -> None:
+        weights = self._subject.weights
+        masks: dict[str, Tensor] = {}
+        for one in self._prunings:
+            for name, mask in one.masks().items():
+                masks[name] = masks[name] & mask if name in masks else mask
+        for name in weights:
+            if name in masks:
+                weights.set_mask(name, masks[name])
+        weights.bake(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.weights)
+
+    def _set_gates(self) -> None:
+        """Weights with gates are multiplied with all of theirs, and with the masks of others."""
+        soft = [one for one in self._prunings if one.method.soft]
+        if not soft:
+            return
+        weights = self._subject.weights
+        for name in dict.fromkeys(n for one in soft for u in one.units for n in u.weights):
+            gate: Tensor | None = None
+            for one in self._prunings:
+                if not any(name in u.weights for u in one.units):
+                    continue
+                own = one.gates.get(name) if one.method.soft and not one.done else one.masks().get(name)
+                if own is not None:
+                    gate = own if gate is None else gate * own
+            if gate is not None:
+                weights.set_gate(name, gate)
+
+    def _forgetful(self) -> None:
+        """Keep the weights that a rewinding goes back to."""
+        wanted = [one.stage.rewind for one in self._prunings if one.stage.rewind != "none"]
+        if self._snapshot is None and any(self.step == (0 if w == "start" else w) for w in wanted):
+            self._snapshot = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def _rewind(self, updated: list[Any]) -> None:
+        """Put weights back to what they were, and let optimizers forget.
+
+        Frankle et al., "Stabilizing the Lottery Ticket Hypothesis" (2019).
+        """
+        if self._snapshot is None or not any(p.stage.rewind != "none" and p.gone > 0 for p in updated):
+            return
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self._snapshot[name])
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+
+    def _check_finite(self) -> None:
+        """Stop where nothing that follows would mean anything.
+
+        Raises:
+            NonFiniteError: and the state is saved where there is a checkpoint file.
+        """
+        bad = "the loss" if self._loss is not None and not torch.isfinite(torch.tensor(self._loss)) else None
+        if bad is None:
+            weights = self._subject.weights
+            found = [(n, g) for n in weights if (g := weights.parameter(n).grad) is not None]
+            if found:
+                norms = torch.stack([getattr(g, "_local_tensor", g).detach().float().norm() for _, g in found])
+                if not bool(torch.isfinite(norms).all()):
+                    bad = f"the gradient of '{found[int((~torch.isfinite(norms)).nonzero()[0])][0]}'"
+        if bad is None:
+            return
+        where = f"; the state before this step is in {self.save()}" if self._checkpoint is not None else ""
+        raise NonFiniteError(f"step {self.step}: {bad} is NaN or infinite{where}")
+
+    def _write(self) -> None:
+        row = Row(
+            step=self.step,
+            sparsity=self.sparsity(),
+            gone=max(one.gone for one in self._prunings),
+            target=max(one.target for one in self._prunings),
+            macs=self._macs(),
+            loss=self._loss,
+        )
+        self._log.add(row)
+        self._say(row.line())
+
+    def _macs(self) -> float:
+        """The share of the multiply-accumulates that stays, as far as axes and branches go."""
+        counts: dict[Axis, int] = {}
+        removed: dict[fx.Node, fx.Node] = {}
+        for one in self._prunings:
+            kept = one.selection()
+            counts |= {axis: len(indices) for axis, indices in kept.items()}
+            removed |= kept.removed
+        costs = self._subject.costs
+        return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module that wrappers hold: what is parametrised."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model
