@@ -19,6 +19,7 @@ from fxprune.report import Report
 from fxprune.rules.core import register_rule
 from fxprune.saved import load
 from fxprune.sweep import Sweep, sweep
+from fxprune.training.ladder import ladder
 from fxprune.training.pruner import Pruner
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "bench",
     "compile",
     "dry_run",
+    "ladder",
     "load",
     "plot_sensitivity",
     "register_rule",

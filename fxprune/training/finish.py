@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.admit import admit
@@ -17,6 +19,7 @@ from fxprune.errors import TargetError
 from fxprune.kept import Indices, Kept
 from fxprune.making import make
 from fxprune.masks import Masks
+from fxprune.modes import evaluating
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
@@ -24,6 +27,9 @@ from fxprune.rewrite import rewrite
 
 if TYPE_CHECKING:
     from fxprune.training.pruner import Pruner
+
+#: Outputs that differ by less are the same but for rounding.
+_SAME = 1e-3
 
 
 def finished(
@@ -47,6 +53,7 @@ def finished(
         )
     given = {"target": {"params": 1.0}, "reconstruction": "none", "basis": "none"}
     settings = read_recipe(subject.recipe.model_dump(exclude_unset=True) | given, **overrides)
+    masked = _outputs(pruner.model, subject.args, subject.kwargs)
     plan = _plan(pruner, settings.model_dump(mode="json", exclude_unset=True))
     subject.weights.remove()
     dynamic = plan.dynamic or False
@@ -57,12 +64,29 @@ def finished(
     report = result.report
     report.notes += [f"trained with masks: {one.stage.name}, {'+'.join(one.stage.patterns)}" for one in pruner.prunings]
     report.unfit |= pruner.unfit()
+    report.notes.append(_difference(masked, _outputs(result.module, subject.args, subject.kwargs)))
     clocked = [one.clocked for one in pruner.prunings if one.clocked is not None]
     if clocked:
         report.clocked = clocked[-1]
     if fill is not None and result.plan.masks:
         _fill(result, fill, subject.recipe.seed)
     return result
+
+
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    with evaluating(module), torch.no_grad():
+        leaves = pytree.tree_leaves(module(*args, **kwargs))
+    return [x.detach().double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _difference(masked: list[Tensor], pruned: list[Tensor]) -> str:
+    """How far the result is from the model that was trained, in a sentence."""
+    far = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) for a, b in zip(masked, pruned, strict=False)]
+    largest = max((d for d in far if math.isfinite(d)), default=0.0)
+    text = f"outputs on the example inputs differ from the masked model's by {largest:.1e} of the largest"
+    if largest > _SAME:
+        text += ": norms counted what was masked as zeros, and no longer do; train it on"
+    return text
 
 
 def _plan(pruner: Pruner, recipe: dict[str, Any]) -> Plan:
