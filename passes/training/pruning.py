@@ -214,6 +214,7 @@ class Pruning:
             fits = {
                 "any": True,
                 "weights": not axis,
+                "blocks": not axis and not isinstance(u, CountedUnits),
                 "axes": axis,
                 "n:m": isinstance(u, CountedUnits),
             }[wanted]

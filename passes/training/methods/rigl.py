@@ -34,7 +34,7 @@ class RigL(Method):
     initial: str = "magnitude"
     through: ClassVar[bool] = True
     zeroes: ClassVar[bool] = True
-    patterns: ClassVar[str] = "weights"
+    patterns: ClassVar[str] = "blocks"
     tensors: ClassVar[tuple[str, ...]] = ("_gradients",)
 
     def __post_init__(self) -> None:
