@@ -235,8 +235,8 @@ class Pruner:
             return
         for one in self._prunings:
             one.method.after_step(one)
-        self._forgetful()
         self.step += 1
+        self._forgetful()
 
     def on_epoch_end(self) -> None:
         """An epoch ends."""

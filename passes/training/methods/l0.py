@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fxprune.axes import Axis
 from fxprune.errors import RecipeError
-from fxprune.passes.training.method import Kept, Method, method
+from fxprune.passes.training.method import Kept, Method, method, of_choice
 from fxprune.passes.training.pruning import Pruning
 from fxprune.passes.training.units import AxisUnits, LayerUnits, Units
 
 #: Temperature and stretch of the hard-concrete distribution.
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1
+#: Halvings of a bracket, and doublings until there is one.
+_TRIALS = 12
 
 
 @method("l0")
@@ -24,10 +26,14 @@ class L0(Method):
 
     z = clamp(sigmoid((log u - log(1 - u) + a) / b) (1.1 + 0.1) - 0.1, 0, 1), b = 2/3; Louizos et al., "Learning Sparse
     Neural Networks through L0 Regularization" (2018), equations 10 and 11. What gates cost is held to the schedule's
-    share of the target by a Lagrangian l1 (s - t) + l2 (s - t)^2 whose multipliers ascend: Xia et al., "Structured
-    Pruning Learns Compact and Accurate Models" (CoFi, 2022), section 3.2. s is the expected share that is gone: of the
-    entries, or of the cost that the target names. Under a target `speedup` that is the measured time of the model's
-    parts at the expected widths, interpolated between the widths that were timed.
+    share t of the target. s is the expected share that is gone: of the units, or of the cost that the target names.
+    Under a target `speedup` that is the measured time of the model's parts at the expected widths, interpolated between
+    the widths that were timed.
+
+    With `hold="lagrangian"` the loss has l1 (s - t) + l2 (s - t)^2 besides, whose multipliers ascend: Xia et al.,
+    "Structured Pruning Learns Compact and Accurate Models" (CoFi, 2022), section 3.2. They take thousands of steps, and
+    overshoot in short runs. With `hold="exact"` the one multiplier of the constraint s = t is solved for after each
+    step, by bisection: all gates move along the slope of s until it is met.
 
     At the end the most probable units stay, as many as meet the target exactly, and their gates' values go into the
     weights that read them.
@@ -35,11 +41,13 @@ class L0(Method):
     Args:
         lr: of the gates.
         lr_multipliers: of l1 and l2.
+        hold: "exact" or "lagrangian".
         initial: a at the start; a gate is open with probability sigmoid(a + b log(0.1 / 1.1)).
     """
 
     lr: float = 0.1
     lr_multipliers: float = 0.1
+    hold: str = "exact"
     initial: float = 2.0
     through: ClassVar[bool] = True
     soft: ClassVar[bool] = True
@@ -49,6 +57,7 @@ class L0(Method):
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.lr_multipliers <= 0:
             raise RecipeError("l0: learning rates are positive")
+        of_choice("l0: hold", self.hold, ("exact", "lagrangian"))
         self._gates: dict[str, Tensor] = {}
         self._noise: dict[str, Tensor] = {}
         self._multipliers = torch.zeros(2)
@@ -96,18 +105,51 @@ class L0(Method):
             gates.grad = None
             value = self._value(u.name, self._noise[u.name])
             value.backward(pruning.at_reads(u).to(value.device, value.dtype).cpu())  # type: ignore[no-untyped-call]
-        gone, slopes = self._expected(pruning)
-        goal = pruning.schedule.share(pruning.step, pruning.target)
-        off = gone - goal
-        force = float(self._multipliers[0] + 2 * self._multipliers[1] * off)
-        for u in pruning.units:
-            probability = self._open(u.name)
-            pull = torch.full((u.size,), -force * slopes[u.name])
-            probability.backward(pull)  # type: ignore[no-untyped-call]
-        self._multipliers += self.lr_multipliers * torch.tensor([off, off * off])
+        if self.hold == "lagrangian":
+            self._pull(pruning)
         self._optimizer.step()
+        if self.hold == "exact":
+            self._project(pruning)
 
     # ------------------------------------------------------------------ the constraint
+    def _pull(self, pruning: Pruning) -> None:
+        """Add the Lagrangian's gradient to that of the gates, and move the multipliers up it."""
+        gone, slopes = self._expected(pruning)
+        off = gone - pruning.schedule.share(pruning.step, pruning.target)
+        force = float(self._multipliers[0] + 2 * self._multipliers[1] * off)
+        for u in pruning.units:
+            pull = torch.full((u.size,), -force * slopes[u.name])
+            self._open(u.name).backward(pull)  # type: ignore[no-untyped-call]
+        self._multipliers += self.lr_multipliers * torch.tensor([off, off * off])
+
+    def _project(self, pruning: Pruning) -> None:
+        """Move all gates along the slope of what is gone, until as much is expected to be gone as the schedule says."""
+        goal = pruning.schedule.share(pruning.step + 1, pruning.target)
+        gone, slopes = self._expected(pruning)
+        largest = max(abs(s) for s in slopes.values()) or 1.0
+        start = {n: g.detach().clone() for n, g in self._gates.items()}
+
+        def shifted(by: float) -> float:
+            for name, gates in self._gates.items():
+                gates.data.copy_(start[name] - by * slopes[name] / largest)
+            return self._expected(pruning)[0]
+
+        low = high = 0.0
+        step = 0.25
+        for _ in range(_TRIALS):  # a bracket, then halves of it
+            if gone < goal:
+                low, high = high, high + step
+                if shifted(high) >= goal:
+                    break
+            else:
+                low, high = low - step, low
+                if shifted(low) <= goal:
+                    break
+            step *= 2
+        for _ in range(_TRIALS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if shifted(middle) < goal else (low, middle)
+
     def _expected(self, pruning: Pruning) -> tuple[float, dict[str, float]]:
         """The expected share that is gone, and by how much it falls with one more open unit of each."""
         numbers = {u.name: float(self._open(u.name).detach().sum()) for u in pruning.units}
