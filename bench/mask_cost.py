@@ -73,7 +73,7 @@ def main(
     def pruner(model: nn.Module, told: dict[str, Any]) -> fxprune.Pruner:
         return fxprune.Pruner(model, inputs, told, dynamic_shapes=minilm.DYNAMIC)
 
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for label, told in ROWS.items():
         dense, masked, finished = (modules.classifier() for _ in range(3))
         run, _ = step(dense, inputs, labels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,9 +234,9 @@ def test_growing_reg_rises_for_what_is_to_go_alone() -> None:
         weight = pruner._subject.weights.value(u.name).flatten(1)
         assert torch.allclose(change[going], 0.5 * weight[going], atol=1e-6)
         assert not change[~going].any()
-    assert (
-        sum(int((~k).sum()) for k in one.method._chosen.values()) == round(0.5 * sum(u.size for u in one.units)) or True
-    )
+    gone = sum(int((~one.method._chosen[u.name]).sum()) * u.counts for u in one.units)
+    total = sum(u.size * u.counts for u in one.units)
+    assert gone / total == pytest.approx(0.5, abs=max(u.counts for u in one.units) / total)
 
 
 def test_sr_ste_passes_the_whole_gradient_and_decays_the_masked() -> None:
@@ -435,7 +434,6 @@ def test_rigl_drops_the_smallest_and_grows_where_gradients_are_large() -> None:
         optimizer.step()
     changed = 0
     for u in one.units:
-        size = u.reduce(lambda n: weights.value(n).abs())
         slope = u.reduce(lambda n: gradients[n].reshape(weights.value(n).shape))
         dropped = before[u.name] & ~one.kept[u.name]
         grown = ~before[u.name] & one.kept[u.name]
@@ -445,7 +443,6 @@ def test_rigl_drops_the_smallest_and_grows_where_gradients_are_large() -> None:
         if dropped.any() and never.any() and stayed.any():
             assert slope[grown].min() >= slope[never].max()
         assert not weights.value(u.name)[u.expand(grown)[u.name]].any()  # what grows starts at zero
-        assert size is not None
     assert changed
     go_on(pruner, optimizer, "cnn", 4, 13)
     assert one.sparsity() == pytest.approx(0.7, abs=1e-3)
@@ -517,7 +514,7 @@ def test_a_target_on_the_clock_is_met_by_measuring(counted: type, method: str) -
     result = pruner.finish()
     assert result.report.clocked is not None
     assert result.report.clocked.attempts[result.report.clocked.taken].measured == pytest.approx(2.0, rel=0.05)
-    assert result.report.clocked.line() in str(result.report).replace("\n", " ") or result.report.params.ratio < 0.6
+    assert "speed-up requested 2.00" in str(result.report)
 
 
 def test_stages_that_say_nothing_are_refused() -> None:
