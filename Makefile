@@ -23,7 +23,7 @@ $(VENV)/installed-dev: $(VENV)/installed-torch
 
 # What the demo takes, which is less; enough is there where the other is.
 $(VENV)/installed-demo: $(VENV)/installed-torch
-	test -e $(VENV)/installed-dev || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	test -e $(VENV)/installed-dev || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
 test: lint

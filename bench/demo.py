@@ -53,8 +53,8 @@ class Settings:
     sentences: int = 128
     batch: int = 8
     length: int = 128
-    epochs: int = 5
-    more: int = 3
+    epochs: int = 4
+    more: int = 2
     widths: tuple[int, int, int] = (32, 64, 128)
     images: int = 64
     rounds: int = 15

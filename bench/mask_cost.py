@@ -50,7 +50,7 @@ def step(model: nn.Module, inputs: tuple[Tensor, ...], labels: Tensor) -> tuple[
 
     def run() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(*inputs), labels).backward()
+        nn.functional.cross_entropy(model(*inputs), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return run, optimizer
