@@ -91,13 +91,17 @@ def classifier(settings: Settings | None = None) -> Classifier:
         return Classifier(minilm.encoder().bert, chosen.modules).eval()
 
 
-def _batches(settings: Settings) -> Iterator[tuple[Inputs, Tensor]]:
-    """Yield the batches of all epochs, each of docstrings that are about equally long, so that little is padding."""
+def epochs(settings: Settings, number: int, order: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """Yield the batches of so many epochs, each of docstrings that are about equally long, so that little is padding.
+
+    Args:
+        order: seed of the order that they come in.
+    """
     training = docstrings(settings.modules, settings.tested, settings.seed)[1][: settings.trained]
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(order)
     noise = 0.3  # of a docstring's length: who shares a batch changes from epoch to epoch
     lengths = torch.tensor([min(len(text), 5 * settings.short) for text, _ in training])
-    for _ in range(settings.epochs):
+    for _ in range(number):
         mixed = lengths * (1 + noise * torch.rand(len(training), generator=generator))
         batches = torch.split(mixed.argsort(), settings.batch)
         for number in torch.randperm(len(batches), generator=generator).tolist():
@@ -106,15 +110,20 @@ def _batches(settings: Settings) -> Iterator[tuple[Inputs, Tensor]]:
             yield inputs, torch.tensor([module for _, module in some])
 
 
+def steps_each(settings: Settings) -> int:
+    """Return how many batches an epoch has."""
+    count = len(docstrings(settings.modules, settings.tested, settings.seed)[1][: settings.trained])
+    return -(-count // settings.batch)
+
+
 def train(model: nn.Module, settings: Settings, progress: Progress | None = None) -> list[float]:
     """Train encoder and head in place and return each step's loss; without dropout, which few epochs do not need."""
     head = [value for name, value in model.named_parameters() if name.startswith("head.")]
     encoder = [value for name, value in model.named_parameters() if not name.startswith("head.")]
     groups = [{"params": encoder, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.decay, fused=True)
-    count = len(docstrings(settings.modules, settings.tested, settings.seed)[1][: settings.trained])
-    steps = settings.epochs * -(-count // settings.batch)
-    return fit(model, _batches(settings), steps, optimizer, cross_entropy, progress)
+    batches = epochs(settings, settings.epochs, settings.seed)
+    return fit(model, batches, settings.epochs * steps_each(settings), optimizer, cross_entropy, progress)
 
 
 def task(settings: Settings | None = None) -> Task:
