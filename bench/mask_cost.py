@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "straight through, 2:4, chosen anew every step": {
         "method": "straight_through",
         "pattern": "2:4",
-        "schedule": OFTEN | {"initial": 0.49},
+        "schedule": OFTEN | {"initial": 0.5},
     },
 }
 

@@ -440,7 +440,7 @@ class Pruner:
             weights = self._subject.weights
             found = [(n, g) for n in weights if (g := weights.parameter(n).grad) is not None]
             if found:
-                norms = torch.stack([getattr(g, "_local_tensor", g).detach().float().norm() for _, g in found])
+                norms = torch.stack(torch._foreach_norm([getattr(g, "_local_tensor", g).detach() for _, g in found]))
                 if not bool(torch.isfinite(norms).all()):
                     bad = f"the gradient of '{found[int((~torch.isfinite(norms)).nonzero()[0])][0]}'"
         if bad is None:

@@ -73,37 +73,50 @@ def keep(
             f"a sparsity of {share:.4g} cannot be reached: with at most {bounds.most:.4g} of a layer it is {high:.3g}"
         )
     names = list(scores)
-    order = {n: torch.argsort(scores[n], stable=True) for n in names}
-    keys, costs = [], []
-    for n in names:
-        key = scores[n][order[n]].double()
-        key[: _ceil(bounds.least * sizes[n])] = -torch.inf
-        key[_most(sizes[n], bounds, (floors or {}).get(n, 0)) :] = torch.inf
-        keys.append(key)
-        costs.append(torch.full((sizes[n],), float(weights[n]), dtype=torch.float64, device=key.device))
-    key, cost = torch.cat(keys), torch.cat(costs)
+    key = torch.cat([_bounded(scores[n], bounds, (floors or {}).get(n, 0)) for n in names])
+    goal = max(share, low) * sum(sizes[n] * weights[n] for n in names)
+    fixed = int(torch.isposinf(key).sum())
+    if len(set(weights.values())) == 1:
+        flags = _lowest(key, min(round(goal / weights[names[0]]), len(key) - fixed))
+    else:
+        flags = _cheapest(key, torch.cat([key.new_full((sizes[n],), float(weights[n])) for n in names]), goal, fixed)
+    return dict(zip(names, torch.split(~flags, [sizes[n] for n in names]), strict=True))
+
+
+def _bounded(scores: Tensor, bounds: Bounds, floor: int) -> Tensor:
+    """Scores in which what must go is lowest and what must stay highest."""
+    key = scores.double()
+    few, most = _ceil(bounds.least * len(key)), _most(len(key), bounds, floor)
+    if few or most < len(key):
+        going, staying = _lowest(scores, few), ~_lowest(scores, most)
+        key = key.masked_fill(going, -torch.inf).masked_fill(staying, torch.inf)
+    return key
+
+
+def _lowest(key: Tensor, count: int) -> Tensor:
+    """The lowest so many, as a mask; of equal ones the first. One value is looked for, nothing is sorted."""
+    if count <= 0:
+        return torch.zeros(len(key), dtype=torch.bool, device=key.device)
+    limit = torch.kthvalue(key, count).values
+    below = key < limit
+    same = key == limit
+    return below | (same & (torch.cumsum(same, 0) <= count - int(below.sum())))
+
+
+def _cheapest(key: Tensor, cost: Tensor, goal: float, fixed: int) -> Tensor:
+    """The lowest whose costs come closest to a sum, as a mask."""
     first = torch.argsort(key, stable=True)
     gone = torch.cumsum(cost[first], 0)
-    goal = max(share, low) * float(cost.sum())
     count = int(torch.searchsorted(gone, goal + 1e-6 * max(goal, 1.0)))
     if count < len(gone) and goal - (float(gone[count - 1]) if count else 0.0) > float(gone[count]) - goal:
         count += 1  # the unit that crosses the goal comes closer to it
-    count = min(count, int(torch.isfinite(key[first]).sum() + (key[first] == -torch.inf).sum()))
-    flags = torch.ones(len(key), dtype=torch.bool, device=key.device)
-    flags[first[:count]] = False
-    result, offset = {}, 0
-    for n in names:
-        kept = torch.empty(sizes[n], dtype=torch.bool, device=key.device)
-        kept[order[n]] = flags[offset : offset + sizes[n]]
-        result[n] = kept
-        offset += sizes[n]
-    return result
+    flags = torch.zeros(len(key), dtype=torch.bool, device=key.device)
+    flags[first[: min(count, len(key) - fixed)]] = True
+    return flags
 
 
 def _local(scores: Tensor, share: float, floor: int) -> Tensor:
-    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    kept[torch.argsort(scores, stable=True)[: min(round(share * len(scores)), len(scores) - floor)]] = False
-    return kept
+    return ~_lowest(scores, min(round(share * len(scores)), len(scores) - floor))
 
 
 def _most(size: int, bounds: Bounds, floor: int) -> int:

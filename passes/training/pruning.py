@@ -119,7 +119,9 @@ class Pruning:
     def product(self, name: str) -> Tensor:
         """Return weight times gradient: what the loss would change by, to first order, without the entry."""
         if name not in self._products:
-            self._products[name] = self.value(name) * self.gradient(name)
+            gradient = self.subject.weights.gradient(name)
+            value = self.value(name)
+            self._products[name] = torch.zeros_like(value) if gradient is None else value * gradient
         return self._products[name]
 
     def at_reads(self, units: Units) -> Tensor:
@@ -275,8 +277,7 @@ class Pruning:
         return kinds
 
     def _bounds(self, units: Sequence[Units]) -> cut.Bounds:
-        counted = any(isinstance(u, CountedUnits) for u in units)
-        return cut.Bounds() if counted else cut.Bounds(self.stage.min_sparsity, self.stage.max_sparsity)
+        return cut.Bounds(self.stage.min_sparsity, self.stage.max_sparsity)
 
     def _floors(self, units: Sequence[Units]) -> dict[str, int]:
         return {u.name: _least(u) for u in units}
@@ -290,7 +291,7 @@ class Pruning:
         """
         result = {}
         for u in self.units:
-            scores = self.method.scores(self, u).detach().double().cpu()
+            scores = self.method.scores(self, u).detach().float().cpu()
             if not bool(torch.isfinite(scores).all()):
                 raise NonFiniteError(
                     f"step {self.step}: a score of '{u.name}' is NaN or infinite (first of unit "
@@ -328,11 +329,10 @@ class Pruning:
             return self._affordable(scores, cost[0], 1 - gone, last)
         result: dict[str, Tensor] = {}
         for units in self._kinds().values():
+            counted = {u.name: u.best(scores[u.name], gone) for u in units if isinstance(u, CountedUnits)}
             counts = {u.name: u.counts for u in units}
             own = {u.name: scores[u.name] for u in units}
-            scope = "local" if any(isinstance(u, CountedUnits) for u in units) else self.stage.scope
-            kept = cut.keep(own, counts, gone, scope, self._bounds(units), self._floors(units))
-            result |= {u.name: u.legal(scores[u.name], kept[u.name]) for u in units}
+            result |= counted or cut.keep(own, counts, gone, self.stage.scope, self._bounds(units), self._floors(units))
         return result
 
     def _affordable(self, scores: Mapping[str, Tensor], kind: str, share: float, last: bool) -> dict[str, Tensor]:

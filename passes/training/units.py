@@ -7,6 +7,7 @@ of a weight up by unit, `expand` makes masks of weights from a mask of units.
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -53,10 +54,6 @@ class Units(abc.ABC):
     def spread(self, values: Tensor) -> dict[str, Tensor]:
         """Return for each weight the value of the unit that an entry is of, the sum where it is of several."""
         return self.expand(values)
-
-    def legal(self, scores: Tensor, kept: Tensor) -> Tensor:
-        """Return which units stay when those are wanted; where a pattern binds several units, it decides."""
-        return kept
 
 
 class WeightUnits(Units):
@@ -130,14 +127,22 @@ class CountedUnits(WeightUnits):
         super().__init__(name, shape, contraction, 1, 1, kind)
         self.pattern = pattern
 
-    def legal(self, scores: Tensor, kept: Tensor) -> Tensor:
-        """Return the n best of as many groups as come closest to the number of units that is wanted."""
+    def best(self, scores: Tensor, gone: float) -> Tensor:
+        """Return which entries stay: the n best of as many groups as make up a share of all entries that is gone.
+
+        A group's entries are compared with each other one pair at a time, which is many times as fast as sorting.
+        """
         n, m = self.pattern.n, self.pattern.m
-        groups = scores.reshape(-1, m)
-        best = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(n, dim=1).indices, True)
-        count = min(round((len(kept) - int(kept.sum())) / (m - n)), len(groups))
-        if count < len(groups):
-            lost = torch.where(best, 0.0, groups.double()).sum(1)
+        columns = scores.reshape(-1, m).unbind(1)
+        better = [torch.zeros(len(columns[0]), dtype=torch.int8, device=scores.device) for _ in range(m)]
+        for i, j in itertools.combinations(range(m), 2):
+            first = columns[i] >= columns[j]
+            better[j] += first
+            better[i] += ~first
+        best = torch.stack([rank < n for rank in better], 1)
+        count = round(gone / (1 - self.pattern.density) * len(best))
+        if count < len(best):
+            lost = torch.where(best, 0.0, scores.reshape(-1, m).double()).sum(1)
             best[torch.argsort(lost, stable=True)[count:]] = True
         return best.reshape(-1)
 
@@ -174,7 +179,8 @@ class AxisUnits(Units):
         for name in names:
             value = values(name)
             for dim, units in self._places[name]:
-                sums = value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)
+                others = [d for d in range(value.dim()) if d != dim]
+                sums = value.sum(others) if others else value
                 inside = (units >= 0).to(sums.device)
                 one = sums.new_zeros(self.size).index_add_(0, units.to(sums.device)[inside], sums[inside])
                 total = one if total is None else total + one

@@ -86,7 +86,7 @@ class MaskLearning(Method):
             rows = [[float(i in some) for i in range(m)] for some in itertools.combinations(range(m), n)]
             candidates = torch.tensor(rows)
             size = u.reduce(lambda name: pruning.value(name).float().abs()).cpu()
-            best = u.legal(size, torch.zeros(u.size, dtype=torch.bool)).float().reshape(-1, m)
+            best = u.best(size, pruning.target).float().reshape(-1, m)
             fit = best @ candidates.t() - n / 2
             logits = 0.01 * torch.randn(len(best), len(rows), generator=pruning.generator)
             logits = logits + self.prior * fit / n / self.scale[0]

@@ -20,6 +20,15 @@ class _Penalty(Method):
 
     patterns: ClassVar[str] = "any"
 
+    def penalise(self, pruning: Pruning) -> None:
+        """Add the penalty's gradient."""
+        raise NotImplementedError
+
+    def before_step(self, pruning: Pruning) -> None:
+        """Add the penalty's gradient, as long as anything is still to go."""
+        if not pruning.done:
+            self.penalise(pruning)
+
     def _norms(self, pruning: Pruning, units: Units) -> Tensor:
         """The L2 norm of each unit."""
         return units.reduce(lambda n: pruning.value(n).float() ** 2).sqrt()
@@ -53,7 +62,7 @@ class GroupLasso(_Penalty):
     reg: float = 1e-4
     scaled: bool = True
 
-    def before_step(self, pruning: Pruning) -> None:
+    def penalise(self, pruning: Pruning) -> None:
         """Add the gradient of the penalty: reg * w / ||unit||."""
         for u in pruning.units:
             factor = u.entries**0.5 if self.scaled else 1.0
@@ -91,7 +100,7 @@ class Slimming(_Penalty):
         if not self._scales:
             raise RecipeError(f"training method 'slimming': no norm scales any unit of '{pruning.stage.pattern}'")
 
-    def before_step(self, pruning: Pruning) -> None:
+    def penalise(self, pruning: Pruning) -> None:
         """Add reg * sign(gamma)."""
         for name in dict.fromkeys(n for names in self._scales.values() for n in names):
             pruning.subject.weights.push(name, self.reg * pruning.value(name).sign())
@@ -135,7 +144,7 @@ class GrowingReg(_Penalty):
         if self.select == "start":
             self._chosen = pruning.best(pruning.target, last=True)
 
-    def before_step(self, pruning: Pruning) -> None:
+    def penalise(self, pruning: Pruning) -> None:
         """Add penalty * w."""
         if pruning.step % self.every == 0:
             self._penalty = min(self._penalty + self.delta, self.ceiling)
@@ -164,7 +173,7 @@ class GroupSL(_Penalty):
     reg: float = 5e-4
     alpha: float = 4.0
 
-    def before_step(self, pruning: Pruning) -> None:
+    def penalise(self, pruning: Pruning) -> None:
         """Add reg * gamma_k * w."""
         for u in pruning.units:
             norms = self._norms(pruning, u)

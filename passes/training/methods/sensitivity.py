@@ -29,7 +29,9 @@ class _Accumulated(Method):
         return mean(units, units.reduce(lambda n: pruning.product(n).abs()))
 
     def before_step(self, pruning: Pruning) -> None:
-        """Add this step's scores."""
+        """Add this step's scores, as long as anything is chosen by them."""
+        if pruning.done:
+            return
         keep, weigh = self._weights()
         for u in pruning.units:
             self._sums[u.name] = moving(self._sums.get(u.name), keep, self._now(pruning, u), weigh)
