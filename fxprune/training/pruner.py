@@ -128,8 +128,10 @@ class Pruner:
         for one in self._prunings:
             one.method.start(one)
             through, soft = one.method.through, one.method.soft
-            for name in dict.fromkeys(n for u in one.units for n in u.weights):
-                self._subject.weights.add(name, through=through, soft=soft)
+            for u in one.units:
+                for name in u.weights:
+                    gated = name in u.gated()
+                    self._subject.weights.add(name, through=through and (gated or not soft), soft=soft and gated)
         self._forgetful()
 
     # ------------------------------------------------------------------ driving it
@@ -399,7 +401,7 @@ class Pruner:
         if not soft:
             return
         weights = self._subject.weights
-        for name in dict.fromkeys(n for one in soft for u in one.units for n in u.weights):
+        for name in dict.fromkeys(n for one in soft for u in one.units for n in u.gated()):
             gate: Tensor | None = None
             for one in self._prunings:
                 if not any(name in u.weights for u in one.units):

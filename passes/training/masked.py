@@ -40,6 +40,7 @@ class Masked(nn.Module):
     def __init__(self, weight: Tensor, through: bool, soft: bool) -> None:
         super().__init__()
         self.through, self.soft = through, soft
+        self.active = False  # a mask that keeps everything costs nothing
         # Of the weight's own type: a product with bools takes four times as long.
         self.register_buffer("mask", torch.ones_like(weight, requires_grad=False), persistent=False)
         if soft:
@@ -47,7 +48,10 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as it is used."""
-        mask: Tensor = self.gate if self.soft and self.training else self.mask  # type: ignore[assignment]
+        gated = self.soft and self.training
+        if not gated and not self.active:
+            return weight
+        mask: Tensor = self.gate if gated else self.mask  # type: ignore[assignment]
         return _Through.apply(weight, mask) if self.through else weight * mask  # type: ignore[no-untyped-call]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -136,9 +140,10 @@ class Weights:
         for one in self._masks[name]:
             assert isinstance(one.mask, Tensor)
             one.mask.copy_(mask)
+            one.active = not bool(mask.all())
 
     def set_gate(self, name: str, gate: Tensor) -> None:
-        """Say what the entries are multiplied with while the model trains."""
+        """Say what the entries are multiplied with while the model trains; of a shape that broadcasts to the weight."""
         for one in self._masks[name]:
             assert isinstance(one.gate, Tensor)
             one.gate.copy_(gate)
@@ -170,7 +175,7 @@ class Weights:
         """Take away the gradient of what is masked."""
         gradient = self.parameter(name).grad
         gate = self.gate(name)
-        if gradient is not None:
+        if gradient is not None and (gate is not None or self._masks[name][0].active):
             gradient.mul_(like(self._factor(name) if gate is None else gate, gradient))
 
     @torch.no_grad()

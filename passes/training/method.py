@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from fxprune.errors import RecipeError
@@ -127,5 +126,5 @@ def mean(units: Units, total: Tensor) -> Tensor:
 
 
 def moving(old: Tensor | None, keep: float, new: Tensor, weigh: float) -> Tensor:
-    """Return keep * old + weigh * new."""
-    return weigh * new if old is None else torch.add(keep * old, new, alpha=weigh)
+    """Return keep * old + weigh * new; the old one is overwritten."""
+    return weigh * new if old is None else old.mul_(keep).add_(new, alpha=weigh)

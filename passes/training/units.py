@@ -43,6 +43,10 @@ class Units(abc.ABC):
     weights: tuple[str, ...]
     kind: str
 
+    def gated(self) -> tuple[str, ...]:
+        """Return the names of the parameters that a mask of real numbers is put on."""
+        return self.weights
+
     @abc.abstractmethod
     def reduce(self, values: Values) -> Tensor:
         """Return the sum of values over the entries of each unit: (units,)."""
@@ -187,12 +191,15 @@ class AxisUnits(Units):
         assert total is not None
         return total
 
-    def read_by(self) -> tuple[str, ...]:
+    def gated(self) -> tuple[str, ...]:
         """Return the names of the parameters that read the axis."""
         return self._read
 
     def expand(self, mask: Tensor) -> dict[str, Tensor]:
-        """Return masks of all parameters for a bool mask, of those that read the axis for one of real numbers."""
+        """Return masks of all parameters for a bool mask, of those that read the axis for one of real numbers.
+
+        The latter are of shapes that broadcast to those of the parameters.
+        """
         result = {}
         for name in self.weights if mask.dtype == torch.bool else self._read:
             whole: Tensor | None = None
@@ -205,7 +212,7 @@ class AxisUnits(Units):
                 line = line.reshape(shape)
                 whole = line if whole is None else whole * line
             assert whole is not None
-            result[name] = whole.expand(self._shapes[name]).contiguous()
+            result[name] = whole.expand(self._shapes[name]).contiguous() if whole.dtype == torch.bool else whole
         return result
 
     def spread(self, values: Tensor) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ class _Accumulated(Method):
 
     def _now(self, pruning: Pruning, units: Units) -> Tensor:
         """The scores of this step."""
-        return mean(units, units.reduce(lambda n: pruning.product(n).abs()))
+        return mean(units, units.reduce(lambda n: (pruning.value(n) * pruning.gradient(n)).abs_()))
 
     def before_step(self, pruning: Pruning) -> None:
         """Add this step's scores, as long as anything is chosen by them."""
