@@ -240,14 +240,45 @@ def _dead_units(analysis: Analysis, constants: _Constants, axis: Axis) -> Any:
             carries = [i for i, d in enumerate(dims) if axis in set(atoms(d))] if isinstance(dims, tuple) else []
             if not carries or not dead.any() or _judged_elsewhere(analysis, constants, node, operand, axis):
                 continue
-            out = analysis.dims[node]
-            passes = any(axis in set(atoms(d)) for ds in (out if isinstance(out, list) else [out]) for d in ds)
-            if passes and not _mixes(node, dims, carries):
-                continue
-            if passes or len(carries) != 1:
+            summed = [i for i in carries if i in _summed(analysis, node, operand, axis)]
+            if not summed:
+                out = analysis.dims[node]
+                passes = any(axis in set(atoms(d)) for ds in (out if isinstance(out, list) else [out]) for d in ds)
+                if passes and not _mixes(node, dims, carries):
+                    continue
+                if passes:
+                    return np.zeros(axis.size, dtype=bool)
+                summed = carries
+            if len(summed) != 1:
                 return np.zeros(axis.size, dtype=bool)
-            dead &= _removable(analysis, constants, node, operand, axis, carries[0])
+            dead &= _removable(analysis, constants, node, operand, axis, summed[0])
     return dead
+
+
+def _summed(analysis: Analysis, node: fx.Node, operand: fx.Node, axis: Axis) -> set[int]:
+    """The dimensions of an operand that a contraction sums over, of those that carry an axis.
+
+    The result may carry the axis all the same: that of the values where queries and keys share theirs, that of a
+    residual stream that a layer reads and writes.
+    """
+    rank = len(analysis.dims[operand])
+    if node.target is ATTENTION:
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        return {rank - 1} if operand in (named["query"], named["key"]) else set()
+    if node.target in _WEIGHTED:
+        named, _ = bind(node.target, node.args, dict(node.kwargs))
+        activation, weight, _ = (named[k] for k in _WEIGHTED[node.target])
+        inner = 0 if node.target is aten.addmm.default else 1
+        if axis not in set(atoms(analysis.dims[weight][inner])):  # a convolution does not sum over its own groups
+            return set()
+        if operand is not activation:
+            return {inner}
+        spatial = max(len(analysis.dims[weight]) - 2, 0)
+        return {rank - 1 - spatial}
+    if node.target in _PRODUCTS and node.target is not aten.mul.Tensor:
+        first, _ = node.args[:2]
+        return {rank - 1} if operand is first or rank == 1 else {rank - 2}
+    return set()
 
 
 def _operands(node: fx.Node) -> Iterator[fx.Node]:

@@ -606,3 +606,52 @@ def test_exactly_the_zeroed_units_go(units: set[int], way: Callable[..., None]) 
     with torch.no_grad():
         way(model, sorted(units))
     assert kept(dead(model, IMAGE), "conv1.weight") == (without(units, 12) or [0])
+
+
+class _Fused(nn.Module):
+    """Queries, keys and values of one layer, cut as (3, heads, dims): they share one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(x + self.out(y.transpose(1, 2).reshape(n, t, 16)))
+
+
+def test_a_dimension_that_values_alone_can_do_without_stays() -> None:
+    net = _Fused().eval()
+    with torch.no_grad():
+        net.out.weight[:, 1::4] = 0  # no head's second dimension is read, but queries and keys are multiplied over it
+    x = torch.randn(2, 5, 16)
+    result = fxprune.compile(net, x, target={"dead": True})
+    assert torch.allclose(result.module(x), net(x), atol=1e-6)
+    assert not result.plan.kept
+    with torch.no_grad():
+        for part in (net.qkv.weight[16:32], net.qkv.bias[16:32]):
+            part.view(4, 4, -1)[:, 1] = 0
+    result = fxprune.compile(net, x, target={"dead": True})
+    assert torch.allclose(result.module(x), net(x), atol=1e-6)
+    assert result.module.get_parameter("qkv.weight").shape == (36, 16)
+
+
+def test_a_layer_that_reads_and_writes_one_stream_counts_as_a_reader() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.block(x))
+
+    net = Stream().eval()
+    with torch.no_grad():
+        net.head.weight[:, 3] = 0  # only the block reads channel 3 now
+    x = torch.randn(3, 4)
+    result = fxprune.compile(net, x, target={"dead": True})
+    assert torch.allclose(result.module(x), net(x), atol=1e-6)
+    assert not result.plan.kept
