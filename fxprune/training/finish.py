@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from fxprune.admit import admit
 from fxprune.axes import Axis
 from fxprune.choosing import choose, prepare
 from fxprune.clock import Clock, no_collection
+from fxprune.copies import copied
 from fxprune.errors import TargetError
 from fxprune.kept import Indices, Kept
 from fxprune.making import make
 from fxprune.masks import Masks
+from fxprune.passes.training.masked import whole
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
@@ -33,7 +36,7 @@ def finished(
     fill: float | None,
     overrides: dict[str, Any],
 ) -> Pruned:
-    """Return what `Pruner.finish` does.
+    """Return what `Pruner.finish` does. Where it fails the model has its masks as before.
 
     Raises:
         TargetError: the schedule is not at its end.
@@ -48,12 +51,21 @@ def finished(
     given = {"target": {"params": 1.0}, "reconstruction": "none", "basis": "none"}
     settings = read_recipe(subject.recipe.model_dump(exclude_unset=True) | given, **overrides)
     plan = _plan(pruner, settings.model_dump(mode="json", exclude_unset=True))
-    subject.weights.remove()
+    names = list(subject.weights)
+    model = _gathered(pruner) if subject.weights.sharded() else pruner.model
+    args, kwargs = _inputs_like(subject.reference, model, (subject.args, subject.kwargs))
+    if model is pruner.model:
+        subject.weights.remove()
     dynamic = plan.dynamic or False
     clock = Clock()
-    with no_collection(), torch.inference_mode(False):
-        ready = prepare(admit(pruner.model), subject.args, subject.kwargs, settings, dynamic, clock, plan, calibration)
-        result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+    try:
+        with no_collection(), torch.inference_mode(False):
+            ready = prepare(admit(model), args, kwargs, settings, dynamic, clock, plan, calibration)
+            result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+    except BaseException:
+        if list(subject.weights) != names:
+            pruner.mask_again()
+        raise
     report = result.report
     report.notes += [f"trained with masks: {one.stage.name}, {'+'.join(one.stage.patterns)}" for one in pruner.prunings]
     report.unfit |= pruner.unfit()
@@ -86,6 +98,32 @@ def _plan(pruner: Pruner, recipe: dict[str, Any]) -> Plan:
         left = {names[n]: kept.select(mask, analysis.tensors[n]) for n, mask in masks.items() if n in names}
         plan.masks = Masks({n: mask for n, mask in left.items() if not bool(mask.all())})
     return plan
+
+
+def _gathered(pruner: Pruner) -> nn.Module:
+    """A whole copy of a model that is sharded over processes, with its zeros; each process gets it."""
+    weights = pruner._subject.weights
+    copy = copied(pruner._subject.reference)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            value = weights.value(name)
+            parameter.data = (value * weights.mask(name) if name in weights else value).to(value.dtype, copy=True)
+        for name, buffer in copy.named_buffers():
+            buffer.copy_(whole(pruner.model.get_buffer(name)))
+    return copy.train(pruner.model.training)
+
+
+def _inputs_like(before: nn.Module, now: nn.Module, inputs: Any) -> Any:
+    """Example inputs on the device and in the floating type that the model has been moved to since."""
+    first, last = (next(m.parameters(), torch.empty(0)) for m in (before, now))
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = last.dtype if leaf.dtype == first.dtype else leaf.dtype
+        return leaf.to(last.device if leaf.device == first.device else leaf.device, dtype)
+
+    return inputs if (first.device, first.dtype) == (last.device, last.dtype) else tree_map(moved, inputs)
 
 
 def _fill(result: Pruned, size: float, seed: int) -> None:

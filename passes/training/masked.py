@@ -88,7 +88,7 @@ class Weights:
             if parametrize.is_parametrized(owner, leaf):
                 raise InputError(
                     f"'{path}' is parametrised already: remove that (torch.nn.utils.parametrize), "
-                    "or leave the layer out with `exclude`"
+                    "or leave the layer out with `exclude`; of another Pruner, `abort` or `finish` that one"
                 )
             weight = getattr(owner, leaf)
             mask = Masked(weight.detach(), through, soft)
@@ -149,8 +149,10 @@ class Weights:
 
     @torch.no_grad()
     def push(self, name: str, value: Tensor) -> None:
-        """Add something to a parameter's gradient."""
+        """Add something to a parameter's gradient; one that is frozen gets none."""
         parameter = self.parameter(name)
+        if not parameter.requires_grad:
+            return
         more = like(value.to(parameter.device, parameter.dtype), parameter)
         parameter.grad = more if parameter.grad is None else parameter.grad.add_(more)
 
@@ -175,9 +177,20 @@ class Weights:
             parameter = self.parameter(name)
             parameter.mul_(like(self.mask(name), parameter))
 
-    def remove(self) -> None:
-        """Turn all of them into ordinary parameters again, the same objects, with their zeros."""
-        self.bake()
+    def sharded(self) -> bool:
+        """Return whether parameters are spread over processes."""
+        return any(hasattr(self.parameter(name), "full_tensor") for name in self._masks)
+
+    def remove(self, *, zeros: bool = True) -> None:
+        """Turn all of them into ordinary parameters again, the same objects, with zeros where masks are.
+
+        Raises:
+            InputError: they are sharded, and what shards them knows them where they are now.
+        """
+        if self.sharded():
+            raise InputError("the model is sharded: its masks cannot be taken off where it is; `finish` makes a copy")
+        if zeros:
+            self.bake()
         for name in list(self._masks):
             for path in (name, *self._aliases.get(name, ())):
                 owner, leaf = _owner(self.model, path)
