@@ -37,7 +37,7 @@ class Pruner:
 
     The model's weights get masks, as parametrisations of its modules (`torch.nn.utils.parametrize`): the optimizer, its
     state, mixed precision, gradient accumulation and clipping, DistributedDataParallel and torch.compile work as
-    before. Make the Pruner before the model is sharded (`fully_shard`); a model in DistributedDataParallel or
+    before. Make the Pruner before the model is sharded (`fully_shard`) or wrapped in DistributedDataParallel; one in
     torch.compile may be given as it is. As a context manager it takes its masks off a model that it has not finished.
 
     Three ways to drive it, which are one: `attach(optimizer)` and nothing else; the hooks `on_step_begin`,
@@ -229,7 +229,7 @@ class Pruner:
         """
         self._live()
         if loss is not None:
-            self._loss = float(loss)
+            self._loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self._check_finite()
         weights = self._subject.weights
         with torch.no_grad():
@@ -487,7 +487,7 @@ class Pruner:
             return ""
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(parameter.detach()).all()):
-                return f"; '{name}' is so already, and {self._checkpoint} is as it was: go on from there"
+                return f"; '{_plainly(name)}' is so already, and {self._checkpoint} is as it was: go on from there"
         return f"; the state before this step is in {self.save()}"
 
     def _live(self) -> None:
@@ -549,12 +549,11 @@ class Pruner:
         Raises:
             NonFiniteError: and the state is saved where there is a checkpoint file.
         """
-        weights = self._subject.weights
-        found = [(n, g) for n in weights if (g := weights.parameter(n).grad) is not None]
+        found = [(_plainly(n), p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         bad = "the loss" if self._loss is not None and not torch.isfinite(torch.tensor(self._loss)) else None
         if bad is None and found:
             infinite = ~torch.isfinite(torch.stack([_local(g).detach().float().norm() for _, g in found]))
-            if weights.sharded():  # all processes stop where one does; else the others would wait for it
+            if self._subject.weights.sharded():  # all processes stop where one does; else the others would wait for it
                 flags = infinite.to(torch.int32)
                 torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
                 infinite = flags.bool()
@@ -591,6 +590,11 @@ class Pruner:
         return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
 
 
+def _plainly(name: str) -> str:
+    """The name of a parameter without its mask."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
+
+
 def _local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return getattr(tensor, "_local_tensor", tensor)
@@ -616,7 +620,16 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The module that wrappers hold: what is parametrised."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    """The module that wrappers hold: what is parametrised.
+
+    Raises:
+        InputError: it is wrapped in DistributedDataParallel, which would wait for gradients that no longer come: its
+            hooks are on parameters as they were before they had parametrisations.
+    """
+    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            "the model is in DistributedDataParallel already: make the Pruner before, of the model that it wraps"
+        )
     return model

@@ -69,6 +69,7 @@ class Weights:
             self._aliases.setdefault(name, []).append(alias)
         self._masks: dict[str, list[Masked]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._orders: dict[str, list[str]] = {}
 
     def add(self, name: str, *, through: bool = False, soft: bool = False) -> None:
         """Give a parameter a mask that keeps all of it, under each of its names; stronger wishes win.
@@ -93,6 +94,7 @@ class Weights:
             weight = getattr(owner, leaf)
             mask = Masked(weight.detach(), through, soft)
             mask.train(owner.training)
+            self._orders.setdefault(path.rpartition(".")[0], list(owner._parameters))
             parametrize.register_parametrization(owner, leaf, mask)
             self._masks.setdefault(name, []).append(mask)
             self._parameters[name] = weight
@@ -195,6 +197,10 @@ class Weights:
             for path in (name, *self._aliases.get(name, ())):
                 owner, leaf = _owner(self.model, path)
                 parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
+        for path, order in self._orders.items():  # optimizers and files know parameters by their place
+            owner = self.model.get_submodule(path)
+            owner._parameters = {leaf: owner._parameters[leaf] for leaf in order if leaf in owner._parameters}
+        self._orders.clear()
         self._masks.clear()
 
 
