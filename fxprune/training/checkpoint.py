@@ -98,8 +98,8 @@ def _same_order(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> Non
         for name, value in state["state"].get(number, {}).items():
             if name in _MOMENTS and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
                 raise InputError(
-                    f"{path} is of another optimizer: its parameters are in another order. Make it at the same place as "
-                    "before, either before the Pruner or after it"
+                    f"{path} is of another optimizer: its parameters are in another order. Make it at the same place "
+                    "as before, either before the Pruner or after it"
                 )
 
 

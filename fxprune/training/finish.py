@@ -94,7 +94,9 @@ def _plan(pruner: Pruner, recipe: dict[str, Any]) -> Plan:
     kept = Kept(axes, removed)
     plan = Plan.of(analysis, subject.groups, kept, subject.costs, {}, recipe=recipe)
     if masks:
-        names = {dense: small for small, dense in rewrite(analysis, kept, subject.reference).names.items()}
+        names: dict[str, str] = {}
+        for small, dense in rewrite(analysis, kept, subject.reference).names.items():
+            names.setdefault(dense, small)  # of tied parameters the first name counts
         left = {names[n]: kept.select(mask, analysis.tensors[n]) for n, mask in masks.items() if n in names}
         plan.masks = Masks({n: mask for n, mask in left.items() if not bool(mask.all())})
     return plan

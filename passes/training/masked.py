@@ -86,7 +86,7 @@ class Weights:
             return
         for path in (name, *self._aliases.get(name, ())):
             owner, leaf = _owner(self.model, path)
-            if parametrize.is_parametrized(owner, leaf):
+            if parametrize.is_parametrized(owner, leaf) or _computed_from(owner, leaf):
                 raise InputError(
                     f"'{path}' is parametrised already: remove that (torch.nn.utils.parametrize), "
                     "or leave the layer out with `exclude`; of another Pruner, `abort` or `finish` that one"
@@ -107,9 +107,12 @@ class Weights:
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the parameter itself, without its mask."""
-        owner, leaf = _owner(self.model, name)
-        masked: Any = owner
-        found = masked.parametrizations[leaf].original if name in self._masks else getattr(owner, leaf)
+        if name in self._masks:  # the attribute itself would be computed, which a sharded one cannot always be
+            path, _, leaf = name.rpartition(".")
+            owner: Any = self.model.get_submodule(path)
+            found = owner.parametrizations[leaf].original
+        else:
+            found = getattr(*_owner(self.model, name))
         assert isinstance(found, nn.Parameter)
         return found
 
@@ -218,6 +221,16 @@ def like(tensor: Tensor, sharded: Tensor) -> Tensor:
 
     plan: Any = sharded
     return distribute_tensor(tensor, plan.device_mesh, plan.placements)
+
+
+def _computed_from(owner: nn.Module, leaf: str) -> bool:
+    """Whether a weight is computed from a parameter, so that zeros in this are none in that: weight_norm and the like.
+
+    >>> _computed_from(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)).parametrizations.weight, "original1")
+    True
+    """
+    names = [getattr(hook, "name", None) for hook in owner._forward_pre_hooks.values()]
+    return isinstance(owner, parametrize.ParametrizationList) or any(n and leaf.startswith(f"{n}_") for n in names)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

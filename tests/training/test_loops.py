@@ -459,11 +459,31 @@ def test_a_weight_that_is_parametrised_already_is_refused_and_nothing_is_left() 
     with pytest.raises(InputError, match="parametri"):
         Pruner(net, torch.randn(2, 8), ELEMENTS)
     assert not parametrize.is_parametrized(net[0])
-    normed = network()
-    nn.utils.parametrizations.weight_norm(normed[2])
-    with pytest.raises(InputError, match=r"parametri"):
-        Pruner(normed, torch.randn(2, 8), ELEMENTS)
-    assert not parametrize.is_parametrized(normed[0])
+
+
+def test_a_normalised_weight_is_left_alone_or_refused() -> None:
+    """A row of zeros has no direction: what weight_norm computes of it is no number."""
+    net = network()
+    nn.utils.parametrizations.weight_norm(net[2])
+    with pytest.raises(InputError, match=r"is parametrised already: .* leave the layer out with `exclude`"):
+        Pruner(net, torch.randn(2, 8), CHANNELS)
+    assert not parametrize.is_parametrized(net[0])
+    pruner = Pruner(net, torch.randn(2, 8), ELEMENTS)
+    assert [u.name for u in pruner.prunings[0].units] == ["0.weight", "4.weight"]
+    assert any(name.startswith("2.") for name in pruner.unfit())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruner.attach(optimizer)
+    train(net, optimizer)
+    pruner.finish(proof="quick")
+    assert not parametrize.is_parametrized(net[0]) and parametrize.is_parametrized(net[2])
+
+
+def test_parameters_keep_their_places() -> None:
+    """A state of an optimizer knows parameters by number."""
+    net = network()
+    before = [n for n, _ in net.named_parameters()]
+    Pruner(net, torch.randn(2, 8), ELEMENTS).abort()
+    assert [n for n, _ in net.named_parameters()] == before
 
 
 def test_a_second_pruner_of_a_model_is_refused() -> None:

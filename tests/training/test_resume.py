@@ -294,7 +294,17 @@ def test_an_optimizer_is_attached_before(tmp_path: Path) -> None:
     pruner = Pruner(network(), torch.randn(2, 8), {"schedule": RAMP} | STAGES["magnitude"], steps=STEPS)
     with pytest.raises(InputError, match="`attach` the optimizer before `load`"):
         pruner.load(tmp_path / "run")
+    run = made(STAGES["magnitude"])
+    while run[2].step < EVERY:
+        run[1].zero_grad()
+        run[0](batch(0)[0]).square().mean().backward()
+        run[1].step()
+    run[2].save(tmp_path / "run")
     net, _, pruner = made(STAGES["magnitude"])
+    pruner.detach()
+    pruner.attach(torch.optim.Adam(net.parameters()))  # weights are behind biases now
+    with pytest.raises(InputError, match="its parameters are in another order"):
+        pruner.load(tmp_path / "run")
     pruner.detach()
     pruner.attach(torch.optim.Adam([{"params": [p]} for p in net.parameters()]))
     with pytest.raises(InputError, match="is of another optimizer"):

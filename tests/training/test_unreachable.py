@@ -132,7 +132,18 @@ CASES: dict[str, tuple[Any, dict[str, Any], type[FxpruneError], str]] = {
     "layers where none can go": ({"pattern": "layer", "target": 0.5}, {}, RecipeError, "'layer' fits nothing"),
     "blocks that do not fit": ({"pattern": "7x3", "target": 0.5}, {}, RecipeError, "'7x3' fits nothing"),
     "everything left out": ({"target": 0.5, "exclude": ["*"]}, {}, RecipeError, "'element' fits nothing"),
-    "a layer that is not there": ({"target": 0.5, "include": ["layer9.*"]}, {}, RecipeError, r"layer9"),
+    "a layer that is not there": (
+        {"target": 0.5, "include": ["layer9.*"]},
+        {},
+        RecipeError,
+        r"include: the model has no layer or parameter 'layer9\.\*'",
+    ),
+    "an exception that is not there": (
+        {"target": 0.5, "exclude": ["0.wieght"]},
+        {},
+        RecipeError,
+        r"exclude: the model has no layer or parameter '0.wieght'.*0.weight",
+    ),
     "a method for something else": (
         {"method": "mask_learning", "pattern": "channel", "target": 0.5},
         {},
