@@ -21,6 +21,7 @@ from fxprune.copies import copied
 from fxprune.costs import Costs
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import find_groups
+from fxprune.passes.training.masked import like, whole
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
 from fxprune.training import checkpoint as files
@@ -528,7 +529,7 @@ class Pruner:
         """Keep the weights that a rewinding goes back to."""
         wanted = [one.stage.rewind for one in self._prunings if one.stage.rewind != "none"]
         if self._snapshot is None and any(self.step == (0 if w == "start" else w) for w in wanted):
-            self._snapshot = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            self._snapshot = {n: whole(p.detach()).clone() for n, p in self.model.named_parameters()}
 
     def _rewind(self, updated: list[Any]) -> None:
         """Put weights back to what they were, and let optimizers forget.
@@ -539,7 +540,7 @@ class Pruner:
             return
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(self._snapshot[name])
+                parameter.copy_(like(self._snapshot[name].to(parameter.device, parameter.dtype), parameter))
         for optimizer in self._optimizers:
             optimizer.state.clear()
 

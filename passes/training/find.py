@@ -157,6 +157,8 @@ def _weights(
         fit, unfit = _fitting(analysis, groups, name, shape)
         found.unfit |= {n: why for n, why in unfit.items() if n not in allowed}
         layers = {c.weight: c for c in fit}
+    for computed in (n for n in analysis.captured.tensors if "parametrizations." in n and n not in layers):
+        found.unfit[computed] = allowed.get(computed, "the weight of a layer is computed from it (it is parametrised)")
     heads = _head_weights(groups) if attention else None
     for weight, c in layers.items():
         tensor = analysis.captured.tensors[weight]

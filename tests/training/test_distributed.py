@@ -121,8 +121,7 @@ def refusals(mesh: Any, rank: int, folder: Path) -> dict[str, str]:
             texts[what] = str(error)
     net(torch.ones(2, 8)).sum().backward()
     if rank == 1:  # only one process has the bad number, and both stop
-        net[0].weight  # the parametrisation still answers
-        next(net.parameters()).grad._local_tensor.fill_(float("nan"))
+        net[0].parametrizations.weight.original.grad._local_tensor.fill_(float("nan"))
     try:
         pruner.on_step_begin()
         pruner.on_before_optimizer_step()

@@ -106,7 +106,9 @@ def test_the_hooks_in_their_order_are_a_run() -> None:
     net = network()
     pruner = pruner_of(net, {"pattern": "channel", "target": 0.5, "schedule": RAMP})
     train(net, pruner)
-    assert pruner.step == END and done(pruner).module.get_submodule("0").out_features == 32
+    module = done(pruner).module
+    assert pruner.step == END
+    assert sum(module.get_submodule(name).out_features for name in ("0", "2")) == (64 + 32) // 2
 
 
 @pytest.mark.parametrize("hook", ["on_train_begin", "on_step_begin"])
@@ -179,10 +181,10 @@ def test_patterns_in_weights_end_in_a_smaller_model(pattern: str) -> None:
     """Half of the rows of a layer are near zero: whatever goes as one, they go, and what they empty is removed."""
     net = network(bias=False)
     with torch.no_grad():
-        net[0].weight[32:] *= 1e-3
+        net[0].weight[32:] *= 1e-6
     stage = {"method": "magnitude", "pattern": pattern, "target": 0.5, "include": ["0"], "schedule": RAMP}
     pruner = pruner_of(net, stage)
-    train(net, pruner)
+    train(net, pruner, lr=1e-6)
     result = done(pruner)
     assert result.module.get_submodule("0").weight.shape == (32, 32) and result.module.get_submodule(
         "2"
