@@ -15,11 +15,13 @@ from fxprune.admit import admit
 from fxprune.axes import Axis
 from fxprune.choosing import choose, prepare
 from fxprune.clock import Clock, no_collection
+from fxprune.copies import copied
 from fxprune.errors import TargetError
 from fxprune.kept import Indices, Kept
 from fxprune.making import make
 from fxprune.masks import Masks
 from fxprune.modes import evaluating
+from fxprune.passes.training.masked import whole
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
@@ -39,7 +41,7 @@ def finished(
     fill: float | None,
     overrides: dict[str, Any],
 ) -> Pruned:
-    """Return what `Pruner.finish` does.
+    """Return what `Pruner.finish` does. Where it fails the model has its masks as before.
 
     Raises:
         TargetError: the schedule is not at its end.
@@ -53,18 +55,27 @@ def finished(
         )
     given = {"target": {"params": 1.0}, "reconstruction": "none", "basis": "none"}
     settings = read_recipe(subject.recipe.model_dump(exclude_unset=True) | given, **overrides)
-    masked = _outputs(pruner.model, subject.args, subject.kwargs)
     plan = _plan(pruner, settings.model_dump(mode="json", exclude_unset=True))
-    subject.weights.remove()
+    names = list(subject.weights)
+    model = _gathered(pruner) if subject.weights.sharded() else pruner.model
+    args, kwargs = _inputs_like(subject.reference, model, (subject.args, subject.kwargs))
+    masked = _outputs(model, args, kwargs)
+    if model is pruner.model:
+        subject.weights.remove()
     dynamic = plan.dynamic or False
     clock = Clock()
-    with no_collection(), torch.inference_mode(False):
-        ready = prepare(admit(pruner.model), subject.args, subject.kwargs, settings, dynamic, clock, plan, calibration)
-        result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+    try:
+        with no_collection(), torch.inference_mode(False):
+            ready = prepare(admit(model), args, kwargs, settings, dynamic, clock, plan, calibration)
+            result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+    except BaseException:
+        if list(subject.weights) != names:
+            pruner.mask_again()
+        raise
     report = result.report
     report.notes += [f"trained with masks: {one.stage.name}, {'+'.join(one.stage.patterns)}" for one in pruner.prunings]
     report.unfit |= pruner.unfit()
-    report.notes.append(_difference(masked, _outputs(result.module, subject.args, subject.kwargs)))
+    report.notes.append(_difference(masked, _outputs(result.module, args, kwargs)))
     clocked = [one.clocked for one in pruner.prunings if one.clocked is not None]
     if clocked:
         report.clocked = clocked[-1]
@@ -106,10 +117,38 @@ def _plan(pruner: Pruner, recipe: dict[str, Any]) -> Plan:
     kept = Kept(axes, removed)
     plan = Plan.of(analysis, subject.groups, kept, subject.costs, {}, recipe=recipe)
     if masks:
-        names = {dense: small for small, dense in rewrite(analysis, kept, subject.reference).names.items()}
+        names: dict[str, str] = {}
+        for small, dense in rewrite(analysis, kept, subject.reference).names.items():
+            names.setdefault(dense, small)  # of tied parameters the first name counts
         left = {names[n]: kept.select(mask, analysis.tensors[n]) for n, mask in masks.items() if n in names}
         plan.masks = Masks({n: mask for n, mask in left.items() if not bool(mask.all())})
     return plan
+
+
+def _gathered(pruner: Pruner) -> nn.Module:
+    """A whole copy of a model that is sharded over processes, with its zeros; each process gets it."""
+    weights = pruner._subject.weights
+    copy = copied(pruner._subject.reference)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            value = weights.value(name)
+            parameter.data = (value * weights.mask(name) if name in weights else value).to(value.dtype, copy=True)
+        for name, buffer in copy.named_buffers():
+            buffer.copy_(whole(pruner.model.get_buffer(name)))
+    return copy.train(pruner.model.training)
+
+
+def _inputs_like(before: nn.Module, now: nn.Module, inputs: Any) -> Any:
+    """Example inputs on the device and in the floating type that the model has been moved to since."""
+    first, last = (next(m.parameters(), torch.empty(0)) for m in (before, now))
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = last.dtype if leaf.dtype == first.dtype else leaf.dtype
+        return leaf.to(last.device if leaf.device == first.device else leaf.device, dtype)
+
+    return inputs if (first.device, first.dtype) == (last.device, last.dtype) else pytree.tree_map(moved, inputs)
 
 
 def _fill(result: Pruned, size: float, seed: int) -> None:

@@ -77,6 +77,16 @@ class Log:
                 if name != "step" and value is not None:
                     self._board.add_scalar(f"pruning/{name}", value, row.step)
 
+    def restore(self, rows: list[Row]) -> None:
+        """Go on from the rows of a checkpoint: those that were written after it will be written again."""
+        self.rows = list(rows)
+        if self._folder is None:
+            return
+        with (self._folder / "pruning.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
     def close(self) -> None:
         """Close files."""
         if self._board is not None:

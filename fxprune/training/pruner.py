@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,13 +21,16 @@ from fxprune.copies import copied
 from fxprune.costs import Costs
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import find_groups
+from fxprune.passes.training.masked import like, whole
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
+from fxprune.training import checkpoint as files
 from fxprune.training.finish import finished
 from fxprune.training.log import Log, Row
+from fxprune.training.steps import follow
 
 #: What a checkpoint says that it is.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Pruner:
@@ -32,7 +38,8 @@ class Pruner:
 
     The model's weights get masks, as parametrisations of its modules (`torch.nn.utils.parametrize`): the optimizer, its
     state, mixed precision, gradient accumulation and clipping, DistributedDataParallel and torch.compile work as
-    before. Make the Pruner before the model is sharded (FSDP) or wrapped.
+    before. Make the Pruner before the model is sharded (`fully_shard`) or wrapped in DistributedDataParallel; one in
+    torch.compile may be given as it is. As a context manager it takes its masks off a model that it has not finished.
 
     Three ways to drive it, which are one: `attach(optimizer)` and nothing else; the hooks `on_step_begin`,
     `on_before_optimizer_step`, `on_step_end` in the loop, with `on_epoch_begin` and `on_epoch_end` around it; or
@@ -95,6 +102,7 @@ class Pruner:
         told = training.stages(pruning)
         args, keywords = example(example_inputs, kwargs)
         inner = _inner(model)
+        _refuse_sharded(inner)
         reference = admit(copied(inner)).model
         captured = capture(reference, args, keywords, dynamic_shapes)
         analysis = analyse(captured)
@@ -125,32 +133,43 @@ class Pruner:
         self._loss: float | None = None
         self._snapshot: dict[str, Tensor] | None = None
         self._done = False
-        for one in self._prunings:
-            one.method.start(one)
-            through, soft = one.method.through, one.method.soft
-            for u in one.units:
-                for name in u.weights:
-                    gated = name in u.gated()
-                    self._subject.weights.add(name, through=through and (gated or not soft), soft=soft and gated)
+        try:
+            for one in self._prunings:
+                one.method.start(one)
+                self._mask(one)
+        except BaseException:
+            self._subject.weights.remove(zeros=False)
+            raise
         self._forgetful()
+
+    def __enter__(self) -> Pruner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._done:
+            self.abort()
 
     # ------------------------------------------------------------------ driving it
     def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
         """Follow an optimizer: before and after each of its steps this does what is to be done. Returns itself.
 
+        Steps that a `GradScaler` skips do not count. A closure that is passed to `step` is called as ever, and what
+        looks at gradients runs after it.
+
         Raises:
-            InputError: one is followed already, or it holds none of the model's parameters.
+            InputError: one is followed already, it holds none of the model's parameters, or it is one (LBFGS) that
+                calls its closure several times a step.
         """
+        self._live()
         if self._hooks:
             raise InputError("an optimizer is attached already; `detach` it first")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = {id(p) for p in self.model.parameters()}
         if not held & mine:
             raise InputError("the optimizer holds no parameter of the model that is pruned")
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()),
-            optimizer.register_step_post_hook(lambda *_: self._next()),
-        ]
+        self._hooks = follow(optimizer, self.on_before_optimizer_step, self._next)
         self._optimizers = [optimizer]
         self.on_step_begin()
         return self
@@ -159,7 +178,7 @@ class Pruner:
         """Follow the optimizer no longer."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._optimizers = [], []
 
     def fit(self, train: Callable[..., Any]) -> Pruned:
         """Call a function that trains the model and calls the hooks (or attaches), then finish.
@@ -188,8 +207,8 @@ class Pruner:
         self._live()
         if self._begun == self.step:
             return
+        changed = self._update()
         self._begun = self.step
-        changed = [one.update(self.step) for one in self._prunings]
         for one in self._prunings:
             one.method.before_forward(one)
         if any(changed) or self.step == 0:
@@ -201,6 +220,8 @@ class Pruner:
     def on_before_optimizer_step(self, loss: Tensor | float | None = None) -> None:
         """After the backward pass: gradients are looked at, and changed where the method says so.
 
+        Gradients are unscaled and clipped by then. Under a `GradScaler` use `attach`, which knows skipped steps.
+
         Args:
             loss: of the step, for the log.
 
@@ -209,7 +230,7 @@ class Pruner:
         """
         self._live()
         if loss is not None:
-            self._loss = float(loss)
+            self._loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         self._check_finite()
         weights = self._subject.weights
         with torch.no_grad():
@@ -222,7 +243,7 @@ class Pruner:
             for one in self._prunings:
                 if one.method.through:
                     for name in dict.fromkeys(n for u in one.units for n in u.weights):
-                        if name not in free:
+                        if name in weights and name not in free:
                             weights.mask_gradient(name)
                             free.add(name)
 
@@ -290,7 +311,8 @@ class Pruner:
         """Return the smaller model, proved, as `fxprune.compile` does; the model is plain again, with its zeros.
 
         Units of axes that are gone are removed. Inside weights zeros stay, and what they have emptied (rows, columns,
-        heads, whole layers) is removed, too.
+        heads, whole layers) is removed, too. Of a model that is sharded (`fully_shard`) a whole copy is made smaller,
+        the same on each process, which all call this; the sharded model keeps its masks.
 
         Args:
             calibration: batches, for `quantization`.
@@ -305,81 +327,172 @@ class Pruner:
         """
         self._live()
         self.on_step_begin()
-        self.detach()
         result = finished(self, calibration, metric, fill, overrides)
+        self._end()
+        return result
+
+    def abort(self, *, zeros: bool = True) -> None:
+        """End without a smaller model: the masks are taken off, and the model is an ordinary one again.
+
+        Args:
+            zeros: what is masked is zero then; else it is what it was when it was masked.
+
+        Raises:
+            InputError: this Pruner has finished, or the model is sharded: its masks stay.
+        """
+        self._live()
+        self._subject.weights.remove(zeros=zeros)
+        self._end()
+
+    def mask_again(self) -> None:
+        """Put the masks back onto weights that they were taken off."""
+        for one in self._prunings:
+            self._mask(one)
+        self._set_masks()
+        self._set_gates()
+
+    def _end(self) -> None:
+        self.detach()
         self._done = True
         self._log.close()
-        return result
 
     # ------------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on: beside the model's and the optimizer's own."""
-        return {
-            "format": _FORMAT,
-            "step": self.step,
-            "begun": self._begun,
-            "prunings": [one.state() for one in self._prunings],
-            "snapshot": self._snapshot,
-        }
+        """Return all that is needed to go on: beside the model's and the optimizer's own. It is a copy."""
+        return copy.deepcopy(
+            {
+                "format": _FORMAT,
+                "stages": self._told(),
+                "step": self.step,
+                "begun": self._begun,
+                "prunings": [one.state() for one in self._prunings],
+                "snapshot": self._snapshot,
+                "rows": [asdict(row) for row in self.rows],
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Go on from a state. Where it is refused nothing has changed.
 
         Raises:
-            InputError: it is of another model or of other stages.
+            InputError: it is of another model, of other stages or of another run length.
         """
-        if state.get("format") != _FORMAT or len(state.get("prunings", ())) != len(self._prunings):
-            raise InputError("this is no state of a Pruner with these stages")
+        self._live()
+        self._check_state(state)
+        state = copy.deepcopy(dict(state))
         for one, own in zip(self._prunings, state["prunings"], strict=True):
             one.load(own)
+            one.step = state["step"]
         self.step, self._begun, self._snapshot = state["step"], state["begun"], state["snapshot"]
+        self._log.restore([Row(**row) for row in state["rows"]])
         self._set_masks()
         self._set_gates()
 
     def save(self, file: str | os.PathLike[str] | None = None, **more: Any) -> Path:
         """Write the Pruner's state, the model's and the attached optimizer's into one file, all or nothing.
 
+        Of several processes the first one writes. Random numbers go on where they were, torch's own alone.
+
         Args:
             file: by default the Pruner's `checkpoint`.
             more: what else the run needs, plain values and tensors: the epoch, a scheduler's state.
+
+        Raises:
+            InputError: there is no file to write to, something in `more` is not plain, or the model is sharded.
         """
         path = Path(file) if file is not None else self._checkpoint
         if path is None:
             raise InputError("say where: `save(file)`, or pass `checkpoint` to the Pruner")
+        if self._subject.weights.sharded():
+            raise InputError(
+                "the model is sharded: write it and its optimizer with torch.distributed.checkpoint, "
+                "and `state_dict()` of the Pruner beside"
+            )
         content = {
             "pruner": self.state_dict(),
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self._optimizers],
-            "random": torch.get_rng_state(),
+            "random": files.random_state(),
             "more": more,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(content, partial)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
+        files.write(content, path)
         return path
 
     def load(self, file: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-        """Go on from what `save` wrote; returns what was passed to it beside.
+        """Go on from what `save` wrote; returns what was passed to it beside. Where it is refused nothing has changed.
+
+        An optimizer that was attached when it was saved is attached before it is loaded.
 
         Raises:
-            InputError: there is no such file, or it is of another model or of other stages.
+            InputError: there is no such file or it is damaged, it is of another model or of other stages, or the
+                optimizer is missing or another one.
         """
+        self._live()
         path = Path(file) if file is not None else self._checkpoint
         if path is None or not path.exists():
             raise InputError(f"there is no checkpoint {path}")
-        content = torch.load(path, weights_only=True)
+        content = files.read(path)
+        self._check_state(content["pruner"])
+        files.check_model(self.model, content["model"], path)
+        files.load_optimizers(self._optimizers, content["optimizers"], path)
         self.model.load_state_dict(content["model"])
-        for optimizer, own in zip(self._optimizers, content["optimizers"], strict=False):
-            optimizer.load_state_dict(own)
-        torch.set_rng_state(content["random"])
+        files.set_random_state(content["random"])
         self.load_state_dict(content["pruner"])
         more: dict[str, Any] = content["more"]
         return more
 
+    def _told(self) -> list[Any]:
+        """The stages and their schedules, in plain values."""
+        return [[one.stage.model_dump(mode="json"), asdict(one.schedule)] for one in self._prunings]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != _FORMAT:
+            raise InputError("this is no state of a Pruner of this version")
+        for number, (mine, other) in enumerate(zip(self._told(), state["stages"], strict=False)):
+            for key in (k for own, its in zip(mine, other, strict=True) for k in own if own[k] != its.get(k)):
+                raise InputError(f"the state is of other stages: stage {number} differs in '{key}'")
+        if len(state["stages"]) != len(self._prunings):
+            raise InputError(
+                f"the state is of other stages: it has {len(state['stages'])} of them, and here are "
+                f"{len(self._prunings)}"
+            )
+        for one, own in zip(self._prunings, state["prunings"], strict=True):
+            one.check(own)
+
     # ------------------------------------------------------------------ inside
+    def _mask(self, one: Any) -> None:
+        """Give the weights of a pruning their parametrisations."""
+        through, soft = one.method.through, one.method.soft
+        for u in one.units:
+            # Where gates are read is enough: what is behind a closed one reaches nothing, and goes at the end.
+            for name in u.gated() if soft else u.weights:
+                self._subject.weights.add(name, through=through, soft=soft)
+
+    def _update(self) -> list[bool]:
+        """Let all prunings choose what stays, or none of them.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite; the state before is saved where there is a checkpoint file.
+        """
+        if not any(one.schedule.updates(self.step) for one in self._prunings):
+            return [one.update(self.step) for one in self._prunings]
+        before = [one.state() for one in self._prunings]
+        try:
+            return [one.update(self.step) for one in self._prunings]
+        except NonFiniteError as error:
+            for one, state in zip(self._prunings, before, strict=True):
+                one.load(state)
+            raise NonFiniteError(f"{error}{self._left_behind()}") from None
+
+    def _left_behind(self) -> str:
+        """Save the state where there is a file for it and going on from it is of use; return a sentence about it."""
+        if self._checkpoint is None or self._subject.weights.sharded():
+            return ""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                return f"; '{_plainly(name)}' is so already, and {self._checkpoint} is as it was: go on from there"
+        return f"; the state before this step is in {self.save()}"
+
     def _live(self) -> None:
         if self._done:
             raise InputError("this Pruner has finished; make another one for another run")
@@ -387,13 +500,15 @@ class Pruner:
     def _set_masks(self) -> None:
         weights = self._subject.weights
         masks: dict[str, Tensor] = {}
+        zeroed = dict.fromkeys(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.weights)
+        weights.bake(zeroed)  # what comes back starts at zero, whatever an optimizer's momentum has made of it
         for one in self._prunings:
             for name, mask in one.masks().items():
                 masks[name] = masks[name] & mask if name in masks else mask
         for name in weights:
             if name in masks:
                 weights.set_mask(name, masks[name])
-        weights.bake(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.weights)
+        weights.bake(zeroed)
 
     def _set_gates(self) -> None:
         """Weights with gates are multiplied with all of theirs, and with the masks of others."""
@@ -416,7 +531,7 @@ class Pruner:
         """Keep the weights that a rewinding goes back to."""
         wanted = [one.stage.rewind for one in self._prunings if one.stage.rewind != "none"]
         if self._snapshot is None and any(self.step == (0 if w == "start" else w) for w in wanted):
-            self._snapshot = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            self._snapshot = {n: whole(p.detach()).clone() for n, p in self.model.named_parameters()}
 
     def _rewind(self, updated: list[Any]) -> None:
         """Put weights back to what they were, and let optimizers forget.
@@ -427,7 +542,7 @@ class Pruner:
             return
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(self._snapshot[name])
+                parameter.copy_(like(self._snapshot[name].to(parameter.device, parameter.dtype), parameter))
         for optimizer in self._optimizers:
             optimizer.state.clear()
 
@@ -437,18 +552,22 @@ class Pruner:
         Raises:
             NonFiniteError: and the state is saved where there is a checkpoint file.
         """
+        found = [(_plainly(n), p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         bad = "the loss" if self._loss is not None and not torch.isfinite(torch.tensor(self._loss)) else None
-        if bad is None:
-            weights = self._subject.weights
-            found = [(n, g) for n in weights if (g := weights.parameter(n).grad) is not None]
-            if found:
-                norms = torch.stack(torch._foreach_norm([getattr(g, "_local_tensor", g).detach() for _, g in found]))
-                if not bool(torch.isfinite(norms).all()):
-                    bad = f"the gradient of '{found[int((~torch.isfinite(norms)).nonzero()[0])][0]}'"
+        if bad is None and found:
+            infinite = ~torch.isfinite(torch.stack(torch._foreach_norm([_local(g).detach() for _, g in found])))
+            if self._subject.weights.sharded():  # all processes stop where one does; else the others would wait for it
+                flags = infinite.to(torch.int32)
+                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+                infinite = flags.bool()
+            if bool(infinite.any()):
+                bad = f"the gradient of '{found[int(infinite.nonzero()[0])][0]}'"
         if bad is None:
             return
-        where = f"; the state before this step is in {self.save()}" if self._checkpoint is not None else ""
-        raise NonFiniteError(f"step {self.step}: {bad} is NaN or infinite{where}")
+        raise NonFiniteError(
+            f"step {self.step}: {bad} is NaN or infinite{self._left_behind()}. Under a GradScaler use `attach`, which "
+            "knows the steps that it skips; else lower the learning rate or clip gradients"
+        )
 
     def _write(self) -> None:
         row = Row(
@@ -474,8 +593,46 @@ class Pruner:
         return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
 
 
+def _plainly(name: str) -> str:
+    """The name of a parameter without its mask."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model whose parameters are spread over processes already.
+
+    Raises:
+        InputError: it is one.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise InputError(
+                f"'{name}' is sharded already (fully_shard): make the Pruner before, of the whole model, and shard it "
+                "afterwards"
+            )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise InputError(
+            "the model is in FullyShardedDataParallel, which flattens parameters: make the Pruner of the whole model, "
+            "and shard that with torch.distributed.fsdp.fully_shard"
+        )
+
+
 def _inner(model: nn.Module) -> nn.Module:
-    """The module that wrappers hold: what is parametrised."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    """The module that wrappers hold: what is parametrised.
+
+    Raises:
+        InputError: it is wrapped in DistributedDataParallel, which would wait for gradients that no longer come: its
+            hooks are on parameters as they were before they had parametrisations.
+    """
+    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            "the model is in DistributedDataParallel already: make the Pruner before, of the model that it wraps"
+        )
     return model

@@ -87,12 +87,24 @@ def find(analysis: Analysis, groups: Sequence[Group], stage: Stage) -> Found:
 
 
 def _allowed(analysis: Analysis, groups: Sequence[Group], stage: Stage) -> dict[str, str]:
-    """Why weights may not be touched, by name; those that may are not in it."""
+    """Why weights may not be touched, by name; those that may are not in it.
+
+    Raises:
+        RecipeError: a glob is of nothing.
+    """
     patterns = Patterns(analysis, groups)
     weights = [n for n, t in analysis.captured.tensors.items() if isinstance(t, nn.Parameter)]
-    why = {n: f"'{glob}' is excluded" for glob in stage.exclude for n in patterns.tensors(glob, "exclude")}
+
+    def named(glob: str, key: str) -> set[str]:
+        found = patterns.tensors(glob, key)
+        if not found:
+            hint = nearest(glob, sorted({n for w in weights for n in (w, w.rpartition(".")[0])}))
+            raise RecipeError(f"pruning: {key}: the model has no layer or parameter '{glob}'{hint}")
+        return found
+
+    why = {n: f"'{glob}' is excluded" for glob in stage.exclude for n in named(glob, "exclude")}
     if stage.include:
-        meant = {n for glob in stage.include for n in patterns.tensors(glob, "include")}
+        meant = {n for glob in stage.include for n in named(glob, "include")}
         why |= {n: "it is not included" for n in weights if n not in meant}
     return why
 
@@ -145,6 +157,8 @@ def _weights(
         fit, unfit = _fitting(analysis, groups, name, shape)
         found.unfit |= {n: why for n, why in unfit.items() if n not in allowed}
         layers = {c.weight: c for c in fit}
+    for computed in (n for n in analysis.captured.tensors if "parametrizations." in n and n not in layers):
+        found.unfit[computed] = allowed.get(computed, "the weight of a layer is computed from it (it is parametrised)")
     heads = _head_weights(groups) if attention else None
     for weight, c in layers.items():
         tensor = analysis.captured.tensors[weight]

@@ -40,7 +40,6 @@ class Masked(nn.Module):
     def __init__(self, weight: Tensor, through: bool, soft: bool) -> None:
         super().__init__()
         self.through, self.soft = through, soft
-        self.active = False  # a mask that keeps everything costs nothing
         # Of the weight's own type: a product with bools takes four times as long.
         self.register_buffer("mask", torch.ones_like(weight, requires_grad=False), persistent=False)
         if soft:
@@ -48,10 +47,7 @@ class Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as it is used."""
-        gated = self.soft and self.training
-        if not gated and not self.active:
-            return weight
-        mask: Tensor = self.gate if gated else self.mask  # type: ignore[assignment]
+        mask: Tensor = self.gate if self.soft and self.training else self.mask  # type: ignore[assignment]
         return _Through.apply(weight, mask) if self.through else weight * mask  # type: ignore[no-untyped-call]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -74,6 +70,7 @@ class Weights:
             self._aliases.setdefault(name, []).append(alias)
         self._masks: dict[str, list[Masked]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._orders: dict[str, list[str]] = {}
 
     def add(self, name: str, *, through: bool = False, soft: bool = False) -> None:
         """Give a parameter a mask that keeps all of it, under each of its names; stronger wishes win.
@@ -90,14 +87,15 @@ class Weights:
             return
         for path in (name, *self._aliases.get(name, ())):
             owner, leaf = _owner(self.model, path)
-            if parametrize.is_parametrized(owner, leaf):
+            if parametrize.is_parametrized(owner, leaf) or _computed_from(owner, leaf):
                 raise InputError(
                     f"'{path}' is parametrised already: remove that (torch.nn.utils.parametrize), "
-                    "or leave the layer out with `exclude`"
+                    "or leave the layer out with `exclude`; of another Pruner, `abort` or `finish` that one"
                 )
             weight = getattr(owner, leaf)
             mask = Masked(weight.detach(), through, soft)
             mask.train(owner.training)
+            self._orders.setdefault(path.rpartition(".")[0], list(owner._parameters))
             parametrize.register_parametrization(owner, leaf, mask)
             self._masks.setdefault(name, []).append(mask)
             self._parameters[name] = weight
@@ -110,9 +108,12 @@ class Weights:
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the parameter itself, without its mask."""
-        owner, leaf = _owner(self.model, name)
-        masked: Any = owner
-        found = masked.parametrizations[leaf].original if name in self._masks else getattr(owner, leaf)
+        if name in self._masks:  # the attribute itself would be computed, which a sharded one cannot always be
+            path, _, leaf = name.rpartition(".")
+            owner: Any = self.model.get_submodule(path)
+            found = owner.parametrizations[leaf].original
+        else:
+            found = getattr(*_owner(self.model, name))
         assert isinstance(found, nn.Parameter)
         return found
 
@@ -140,7 +141,6 @@ class Weights:
         for one in self._masks[name]:
             assert isinstance(one.mask, Tensor)
             one.mask.copy_(mask)
-            one.active = not bool(mask.all())
 
     def set_gate(self, name: str, gate: Tensor) -> None:
         """Say what the entries are multiplied with while the model trains; of a shape that broadcasts to the weight."""
@@ -159,8 +159,10 @@ class Weights:
 
     @torch.no_grad()
     def push(self, name: str, value: Tensor) -> None:
-        """Add something to a parameter's gradient."""
+        """Add something to a parameter's gradient; one that is frozen gets none."""
         parameter = self.parameter(name)
+        if not parameter.requires_grad:
+            return
         more = like(value.to(parameter.device, parameter.dtype), parameter)
         parameter.grad = more if parameter.grad is None else parameter.grad.add_(more)
 
@@ -175,7 +177,7 @@ class Weights:
         """Take away the gradient of what is masked."""
         gradient = self.parameter(name).grad
         gate = self.gate(name)
-        if gradient is not None and (gate is not None or self._masks[name][0].active):
+        if gradient is not None:
             gradient.mul_(like(self._factor(name) if gate is None else gate, gradient))
 
     @torch.no_grad()
@@ -185,13 +187,28 @@ class Weights:
             parameter = self.parameter(name)
             parameter.mul_(like(self._factor(name), parameter))
 
-    def remove(self) -> None:
-        """Turn all of them into ordinary parameters again, the same objects, with their zeros."""
-        self.bake()
+    def sharded(self) -> bool:
+        """Return whether parameters are spread over processes."""
+        return any(hasattr(self.parameter(name), "full_tensor") for name in self._masks)
+
+    def remove(self, *, zeros: bool = True) -> None:
+        """Turn all of them into ordinary parameters again, the same objects, with zeros where masks are.
+
+        Raises:
+            InputError: they are sharded, and what shards them knows them where they are now.
+        """
+        if self.sharded():
+            raise InputError("the model is sharded: its masks cannot be taken off where it is; `finish` makes a copy")
+        if zeros:
+            self.bake()
         for name in list(self._masks):
             for path in (name, *self._aliases.get(name, ())):
                 owner, leaf = _owner(self.model, path)
                 parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
+        for path, order in self._orders.items():  # optimizers and files know parameters by their place
+            owner = self.model.get_submodule(path)
+            owner._parameters = {leaf: owner._parameters[leaf] for leaf in order if leaf in owner._parameters}
+        self._orders.clear()
         self._masks.clear()
 
 
@@ -209,6 +226,16 @@ def like(tensor: Tensor, sharded: Tensor) -> Tensor:
 
     plan: Any = sharded
     return distribute_tensor(tensor, plan.device_mesh, plan.placements)
+
+
+def _computed_from(owner: nn.Module, leaf: str) -> bool:
+    """Whether a weight is computed from a parameter, so that zeros in this are none in that: weight_norm and the like.
+
+    >>> _computed_from(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)).parametrizations.weight, "original1")
+    True
+    """
+    names = [getattr(hook, "name", None) for hook in owner._forward_pre_hooks.values()]
+    return isinstance(owner, parametrize.ParametrizationList) or any(n and leaf.startswith(f"{n}_") for n in names)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

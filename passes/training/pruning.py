@@ -440,6 +440,7 @@ class Pruning:
         """Return what a checkpoint holds."""
         return {
             "kept": self.kept,
+            "gates": self.gates,
             "gone": self.gone,
             "done": self.done,
             "method": self.method.state(),
@@ -449,8 +450,8 @@ class Pruning:
             "faded_at": self._faded_at,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `load` could not go on from.
 
         Raises:
             InputError: it is of other units.
@@ -458,7 +459,16 @@ class Pruning:
         sizes = {u.name: u.size for u in self.units}
         if {n: len(k) for n, k in state["kept"].items()} != sizes:
             raise InputError("the checkpoint is of another model, or of other stages: its units are not these")
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of other units.
+        """
+        self.check(state)
         self.kept, self.gone, self.done = dict(state["kept"]), state["gone"], state["done"]
+        self.gates = dict(state["gates"])
         self.method.load(state["method"])
         self.generator.set_state(state["generator"])
         self._fading, self.partial, self._faded_at = state["fading"], state["partial"], state["faded_at"]

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fxprune.errors import RecipeError
 from fxprune.passes.training.method import Method, mean, method, moving, of_choice
 from fxprune.passes.training.pruning import Pruning
 from fxprune.passes.training.units import Units
@@ -50,7 +51,8 @@ class Snip(_Accumulated):
     the first update of the schedule should come after them.
 
     Args:
-        batches: steps that are looked at.
+        batches: steps that are looked at; 0 for Neural Compressor's `snip`: weights move from the first step on, and
+            an update looks at the sensitivity in the step before it.
     """
 
     batches: int = 1
@@ -58,13 +60,20 @@ class Snip(_Accumulated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batches < 0:
+            raise RecipeError(f"snip: batches is a number of steps, not {self.batches}")
         self._seen = 0
+
+    def _weights(self) -> tuple[float, float]:
+        return (1.0, 1.0) if self.batches else (0.0, 1.0)
 
     def before_step(self, pruning: Pruning) -> None:
         """Add this step's scores, and let no weight move, as long as there are batches to look at."""
-        if self._seen >= self.batches:
+        if self.batches and self._seen >= self.batches:
             return
         super().before_step(pruning)
+        if not self.batches:
+            return
         self._seen += 1
         for parameter in pruning.subject.weights.model.parameters():
             parameter.grad = None
@@ -93,10 +102,21 @@ class SnipMomentum(_Accumulated):
 
 @method("gradient")
 class Gradient(_Accumulated):
-    """The size of the gradient: S <- 0.9 S + |g|. Units that the loss no longer wants to move go."""
+    """The size of the gradient: S <- momentum S + |g|. Units that the loss no longer wants to move go.
+
+    Args:
+        momentum: in [0, 1); with 0 it is Neural Compressor's `gradient`, that of the last step alone.
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"gradient: momentum is a share in [0, 1), not {self.momentum}")
 
     def _weights(self) -> tuple[float, float]:
-        return 0.9, 1.0
+        return self.momentum, 1.0
 
     def _now(self, pruning: Pruning, units: Units) -> Tensor:
         return mean(units, units.reduce(lambda n: pruning.gradient(n).abs()))
