@@ -20,6 +20,7 @@ from fxprune.rules.core import register_rule
 from fxprune.saved import load
 from fxprune.sweep import Sweep, sweep
 from fxprune.training.pruner import Pruner
+from fxprune.training.run import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "register_rule",
     "sensitivity",
     "sweep",
+    "train",
 ]

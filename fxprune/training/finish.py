@@ -61,7 +61,7 @@ def finished(
     if clocked:
         report.clocked = clocked[-1]
     if fill is not None and result.plan.masks:
-        _fill(result, fill, subject.recipe.seed)
+        filled(result, fill, subject.recipe.seed)
     return result
 
 
@@ -88,8 +88,12 @@ def _plan(pruner: Pruner, recipe: dict[str, Any]) -> Plan:
     return plan
 
 
-def _fill(result: Pruned, size: float, seed: int) -> None:
-    """Make what stays dense again: zeros of masks become small numbers, and the plan has no masks any more."""
+def filled(result: Pruned, size: float, seed: int) -> None:
+    """Make what stays dense again: zeros of masks become small numbers, and the plan has no masks any more.
+
+    Args:
+        size: standard deviation of the numbers, in those of the weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, mask in result.plan.masks.items():
