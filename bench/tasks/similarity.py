@@ -125,7 +125,7 @@ def task(settings: Settings | None = None) -> Task:
 
         def batches() -> Iterator[Labelled]:
             dense = minilm.encoder()
-            for rows in torch.randperm(len(training), generator=generator).split(batch):
+            for rows in torch.split(torch.randperm(len(training), generator=generator), batch):
                 sides = torch.randint(0, 2, (len(rows),), generator=generator).tolist()
                 some = [(training[row], side) for row, side in zip(rows.tolist(), sides, strict=True)]
                 with evaluating(dense):

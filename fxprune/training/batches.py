@@ -101,8 +101,10 @@ class Feed:
             return (item,), {}, None
         first = item[0] if item else None
         if isinstance(first, Mapping) or (isinstance(first, list | tuple) and len(item) <= 2):
-            args, kwargs, _ = self._parts(first) if isinstance(first, Mapping) else (tuple(first), {}, None)
-            return args, kwargs, item[1] if len(item) > 1 else None
+            labels = item[1] if len(item) > 1 else None
+            if isinstance(first, Mapping):
+                return (), {k: first[k] for k in self.names if k in first}, labels
+            return tuple(first), {}, labels
         rest = tuple(item[self.count :])
         return tuple(item[: self.count]), {}, rest[0] if len(rest) == 1 else rest or None
 

@@ -114,7 +114,7 @@ def train(
     )
     if settings.batch is not None and not run.makes_batches(batches):
         run.notes.append(f"the recipe's batch, {settings.batch}, says nothing: the batches came as they are")
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda = range(torch.cuda.device_count()) if any(p.is_cuda for p in model.parameters()) else ()
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(settings.seed)
         return run.all(resume)
@@ -394,8 +394,11 @@ class _Run:
                     self.save(number, self.inside(module, optimizer, scheduler, pruner, done, seen, begun))
             if not seen:
                 raise InputError(f"batches: epoch {self.epoch} has none; a DataLoader or a list can be used again")
-            if seen <= skip and random is not None:
+            if seen < skip:
                 raise InputError("resume: the epoch has fewer batches than the run had seen of it")
+            if random is not None:  # it was stopped behind the epoch's last batch
+                torch.set_rng_state(random)
+                random = None
             self.epoch, skip = self.epoch + 1, 0
             if done < steps:
                 self.save(number, self.inside(module, optimizer, scheduler, pruner, done, 0, torch.get_rng_state()))
@@ -430,10 +433,14 @@ class _Run:
 
     def state(self, number: int, stage: TrainStage, loss: float, lr: float, pruner: Pruner | None) -> State:
         """Return the run as it is shown, of the step that was just made."""
+        self.look(pruner)
+        return State(self.step - 1, number + 1, stage.kind, self.epoch, loss, lr, **self._seen)
+
+    def look(self, pruner: Pruner | None) -> None:
+        """See what the last update has changed; a Pruner that goes on has no row of it."""
         if pruner is not None and pruner.rows:
             row = pruner.rows[-1]
             self._seen = {"sparsity": row.sparsity, "target": row.target, "macs": row.macs}
-        return State(self.step - 1, number + 1, stage.kind, self.epoch, loss, lr, **self._seen)
 
     # ------------------------------------------------------------------ checkpoints
     def inside(
@@ -447,6 +454,7 @@ class _Run:
         begun: Tensor,
     ) -> dict[str, Any]:
         """Return what a checkpoint holds of a stage that is not over: `begun` is torch's state as the epoch began."""
+        self.look(pruner)
         return {
             "done": done,
             "seen": seen,
@@ -508,8 +516,8 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         pruner: Pruner | None,
-    ) -> tuple[int, int, Tensor]:
-        """Put a stage's state back; return the steps made, the batches seen of the epoch, and the random state."""
+    ) -> tuple[int, int, Tensor | None]:
+        """Put a stage's state back; return the steps made, the batches seen of the epoch, and the random state then."""
         assert self._state is not None
         state, inside = self._state, self._state["inside"]
         self._state, self._seen = None, inside["shown"]
@@ -519,4 +527,4 @@ class _Run:
         if pruner is not None:
             pruner.load_state_dict(inside["pruner"])
         torch.set_rng_state(inside["begun"])
-        return inside["done"], inside["seen"], state["random"]
+        return inside["done"], inside["seen"], state["random"] if inside["seen"] else None

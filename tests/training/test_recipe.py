@@ -311,7 +311,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[fxprune.Pruned, 
     return run(STAGES, batches=Stopping(None), metric=accuracy, log=folder), folder
 
 
-@pytest.mark.parametrize("after", [4, 14, 27])
+@pytest.mark.parametrize("after", [4, 7, 14, 27])
 def test_a_run_that_stops_goes_on_to_the_same_result(
     after: int, straight: tuple[fxprune.Pruned, Path], tmp_path: Path
 ) -> None:
