@@ -105,8 +105,8 @@ class Feed:
             if isinstance(first, Mapping):
                 return (), {k: first[k] for k in self.names if k in first}, labels
             return tuple(first), {}, labels
-        rest = tuple(item[self.count :])
-        return tuple(item[: self.count]), {}, rest[0] if len(rest) == 1 else rest or None
+        more = tuple(item[self.count :])
+        return tuple(item[: self.count]), {}, more[0] if len(more) == 1 else more or None
 
 
 def _shuffled(data: Any, rows: int, seed: int) -> Callable[[int], Iterable[Any]]:

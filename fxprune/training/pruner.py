@@ -207,7 +207,7 @@ class Pruner:
         """
         self._live()
         if loss is not None:
-            self._loss = float(loss)
+            self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
         self._check_finite()
         weights = self._subject.weights
         with torch.no_grad():

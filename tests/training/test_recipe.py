@@ -400,6 +400,22 @@ def test_batches_of_every_form(batches: Any) -> None:
     assert any("says nothing" in n for n in pruned.report.notes) == isinstance(batches, list)
 
 
+def test_the_loss_that_a_hook_is_told_may_still_have_its_graph() -> None:
+    """No warning, which would be an error here, and the row of the next update has it."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = fxprune.Pruner(model, X[:4], {"target": 0.5, "schedule": {"end": 2, "every": 1}})
+    for x, y in DATA[:2]:
+        pruner.on_step_begin()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        pruner.on_before_optimizer_step(loss)
+        optimizer.step()
+        pruner.on_step_end()
+    pruner.on_train_end()
+    assert pruner.rows[-1].step == 2 and pruner.rows[-1].loss == float(loss.detach())
+
+
 # ---------------------------------------------------------------------- other tools' examples
 WHEN = {"start": 0, "end": 2, "every": 0.5, "unit": "epoch"}
 #: What the documentation of other tools shows, as it is written here; "NC" is Intel Neural Compressor.
