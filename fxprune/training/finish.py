@@ -38,6 +38,8 @@ def finished(
     Raises:
         TargetError: the schedule is not at its end.
     """
+    from fxprune.passes.training.units import CountedUnits
+
     subject = pruner._subject
     open_ = [one for one in pruner.prunings if not one.done]
     if open_:
@@ -53,7 +55,8 @@ def finished(
     clock = Clock()
     with no_collection(), torch.inference_mode(False):
         ready = prepare(admit(pruner.model), subject.args, subject.kwargs, settings, dynamic, clock, plan, calibration)
-        result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+        counted = any(isinstance(u, CountedUnits) for one in pruner.prunings for u in one.units)
+        result = make(choose(ready, settings, clock, plan), settings, clock, metric, counted)
     report = result.report
     report.notes += [f"trained with masks: {one.stage.name}, {'+'.join(one.stage.patterns)}" for one in pruner.prunings]
     report.unfit |= pruner.unfit()

@@ -416,6 +416,18 @@ def test_the_loss_that_a_hook_is_told_may_still_have_its_graph() -> None:
     assert pruner.rows[-1].step == 2 and pruner.rows[-1].loss == float(loss.detach())
 
 
+def test_what_one_pruning_empties_tears_no_groups_of_another_apart() -> None:
+    """Rows of the first layer become empty; the columns behind them stay, for every four of them hold two weights."""
+    prunings = [
+        {"pattern": "element", "target": 0.75, "exclude": "3", "schedule": {"end": 3}},
+        {"pattern": "2:4", "include": "3", "schedule": {"ramp": "oneshot", "start": 2}},
+    ]
+    pruned = run([{"prune": prunings, "steps": 5}])
+    mask = pruned.plan.masks["3.weight"]
+    assert bool((~pruned.plan.masks["0.weight"]).all(1).any())
+    assert mask.shape == (32, 32) and bool((mask.reshape(32, -1, 4).sum(2) == 2).all())
+
+
 # ---------------------------------------------------------------------- other tools' examples
 WHEN = {"start": 0, "end": 2, "every": 0.5, "unit": "epoch"}
 #: What the documentation of other tools shows, as it is written here; "NC" is Intel Neural Compressor.
