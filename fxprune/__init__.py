@@ -21,6 +21,7 @@ from fxprune.saved import load
 from fxprune.sweep import Sweep, sweep
 from fxprune.training.ladder import ladder
 from fxprune.training.pruner import Pruner
+from fxprune.training.run import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "register_rule",
     "sensitivity",
     "sweep",
+    "train",
 ]

@@ -65,7 +65,7 @@ def without_empty(
     kept, biases = find_dead(small, find_groups(small), settings)
     if not kept.smaller:
         return None
-    composed = _composed(analysis, plan, rewritten, small, kept)
+    composed = composed_kept(analysis, plan, rewritten.names, small, kept)
     if composed is None:
         return None
     result = rewrite(small, kept, rewritten.module, biases)
@@ -76,12 +76,18 @@ def without_empty(
     return Emptied(composed, result.module, sorted({*plan.biases, *biases}), left, units, proof)
 
 
-def _composed(analysis: Analysis, plan: Plan, rewritten: Rewritten, small: Analysis, kept: Kept) -> Kept | None:
-    """What is kept of the dense model when less is kept of the pruned one; None where its axes forbid it."""
+def composed_kept(analysis: Analysis, plan: Plan, names: Mapping[str, str], small: Analysis, kept: Kept) -> Kept | None:
+    """Return what is kept of the dense model when less is kept of the pruned one; None where its axes forbid it.
+
+    Args:
+        analysis, plan: of the dense model.
+        names: of tensors in the pruned model -> in the dense one.
+        small, kept: of the pruned model.
+    """
     table = {name: dict(dims) for name, dims in plan.kept.items()}
     aliases = analysis.captured.aliases
     for name, dims in small.tensors.items():
-        dense = rewritten.names.get(name, name)
+        dense = names.get(name, name)
         dense = aliases.get(dense, dense)
         if dense not in analysis.tensors:
             continue  # a bias that took up constants before

@@ -33,8 +33,11 @@ Metric = Callable[[nn.Module], float]
 _BISECTIONS = 6
 
 
-def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None = None) -> Pruned:
+def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None = None, counted: bool = False) -> Pruned:
     """Return the pruned model that was chosen, proved and measured by the metric.
+
+    Args:
+        counted: masks of the plan are of n:m, which what is empty is not removed from: groups of m would be torn apart.
 
     Raises:
         ProofError, WriteBackError, TargetError, InputError: see `fxprune.compile`.
@@ -63,7 +66,6 @@ def make(chosen: Chosen, settings: Recipe, clock: Clock, metric: Metric | None =
     plan, done, notes = chosen.plan, None, list(chosen.notes)
     work = _work(ready, kept, rewritten, settings, metric)
     wanted = sparsify.settings(settings, data is not None)
-    counted = False
     if wanted is not None:
         with clock.stage("sparsify"):
             done = steps.sparsify(work, wanted, plan.masks)

@@ -165,6 +165,7 @@ def test_every_command_has_json_and_one_line_of_help() -> None:
         "export",
         "report",
         "sweep",
+        "train",
     }
     assert set(group.commands) == names  # type: ignore[attr-defined]
     for name in names:

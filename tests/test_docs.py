@@ -19,9 +19,12 @@ import fxprune
 from fxprune import cli, errors, passes
 from fxprune.backends import BACKENDS
 from fxprune.cli import EXIT_CODES
-from fxprune.passes import ALLOCATORS, CRITERIA
+from fxprune.passes import ALLOCATORS, CRITERIA, training
 from fxprune.passes.patterns import METHODS
+from fxprune.passes.training.find import known_patterns
+from fxprune.passes.training.stage import Stage, When
 from fxprune.recipe import Recipe, Target
+from fxprune.training.recipe import Lock, OptimizerKeys, TrainRecipe, TrainStage, Tune
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -174,6 +177,51 @@ def test_the_reference_has_every_registered_name() -> None:
         assert row, f"docs/reference/backends.md lacks '{name}'"
         options = BACKENDS[name].OPTIONS
         assert name == "torch-compile" or all(f"`{option}`" in row[0] for option in options), f"{name}: {list(options)}"
+
+
+def test_the_reference_of_training_is_that_of_the_registries() -> None:
+    """Methods, patterns and ramps, each with what it is registered as."""
+    training.load()
+    text = PAGES["reference/training.md"]
+    methods = dict(re.findall(r"^::: (\S+)\n    options:\n      heading: (\w+)\n", text, re.MULTILINE))
+    found = {
+        f"{cls.__module__}.{cls.__qualname__}": name for name in training.METHODS for cls in [training.METHODS[name]]
+    }
+    assert methods == found
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    rows = {name: re.findall(r"^\| `(\S+)` \| (.+) \|$", section, re.MULTILINE) for name, section in sections.items()}
+    assert sorted(name for name, _ in rows["Patterns"]) == sorted(known_patterns())
+    assert rows["Ramps"] == [(name, (training.RAMPS[name].__doc__ or "").strip()) for name in training.RAMPS]
+
+
+def test_every_key_of_a_training_recipe_is_explained() -> None:
+    page = PAGES["howto/training-recipes.md"] + PAGES["reference/training.md"]
+    for model in (TrainRecipe, TrainStage, OptimizerKeys, Lock, Tune):
+        assert f"::: {model.__module__}.{model.__name__}\n" in page
+        for key in model.model_fields:
+            assert re.search(rf"^        (?:\w+, )*{key}(?:, \w+)*:", model.__doc__ or "", re.MULTILINE), (
+                f"{model}: {key}"
+            )
+    for key in OptimizerKeys.model_fields:
+        assert f"`{key}`" in PAGES["howto/training-recipes.md"]
+
+
+def test_the_tables_from_other_tools_name_what_there_is() -> None:
+    """Methods, patterns, ramps and keys in the right column of the tables of training tools."""
+    training.load()
+    models = (Stage, When, TrainRecipe, TrainStage, OptimizerKeys, Recipe)
+    known = {key for model in models for key in model.model_fields}
+    for heading in ("Intel Neural Compressor", "SparseML"):
+        section = PAGES["migrate.md"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        table = re.findall(r"^\| (.+) \| (.+) \|$", section, re.MULTILINE)
+        assert len(table) > 20
+        for _, right in table:
+            for name in re.findall(r"method: (?:\{name: )?(\w+)", right):
+                assert name in {*training.METHODS, *METHODS}, name
+            for name in re.findall(r"ramp: (\w+)", right):
+                assert name in training.RAMPS, name
+            for key in re.findall(r"^`(\w+): ", right):
+                assert key in known, key
 
 
 def test_the_reference_has_the_whole_public_api() -> None:

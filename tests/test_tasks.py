@@ -310,6 +310,26 @@ def test_calibration_is_seeded_and_of_training_data(name: str, folder: Path) -> 
             task.calibration(100_000)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_an_epoch_is_of_training_data_in_an_order_of_its_own(name: str, folder: Path) -> None:
+    task = make(name)
+    epoch = task.training(16, 0)
+    first, again, other, reseeded = (
+        [next(iter(e)) for _ in range(1)]
+        for e in (epoch, task.training(16, 0), task.training(16, 1), task.training(16, 0, 1))
+    )
+    (inputs, labels), (same, _), (different, _), (seeded, _) = first[0], again[0], other[0], reseeded[0]
+    assert rows([inputs]) == rows([same])
+    assert rows([inputs]) != rows([different]) and rows([inputs]) != rows([seeded])
+    assert len(inputs[0]) <= 16 and labels is not None
+    task.loss(task.model()(*inputs), labels).backward()
+    if name in ("digits_resnet", "digits_vit", "minilm_modules"):
+        batches = list(task.training(16, 0))
+        assert len(batches) == len(epoch)
+        known = len(digits.digits().train_labels) if name.startswith("digits") else 32
+        assert sum(len(x[0]) for x, _ in batches) == known
+
+
 def test_pairs_of_sentences_are_split_and_calibration_takes_the_training_ones(folder: Path) -> None:
     task = make("minilm_similarity")
     training, held_out = similarity.pairs(16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.tasks import cache
-from bench.tasks.task import Inputs, Labelled, Task, cross_entropy, drawn
+from bench.tasks.task import Epoch, Inputs, Labelled, Task, cross_entropy, drawn
 from bench.tasks.training import Progress, rate
 
 CLASSES = 10
@@ -215,6 +215,18 @@ def _batches(samples: int, seed: int) -> list[Labelled]:
     return [((data.train_images[some],), data.train_labels[some]) for some in torch.split(rows, _BATCH)]
 
 
+def _epoch(batch: int, generator: torch.Generator) -> Epoch:
+    data = digits()
+    steps = math.ceil(len(data.train_labels) / batch)
+
+    def batches() -> Iterator[Labelled]:
+        # Of equal size: a last batch of one image would leave batch norm with nothing to normalise over.
+        for rows in torch.randperm(len(data.train_labels), generator=generator).tensor_split(steps):
+            yield (shifted(data.train_images[rows], generator),), data.train_labels[rows]
+
+    return Epoch(steps, batches)
+
+
 def _example() -> Inputs:
     return (digits().train_images[drawn(len(digits().train_labels), _BATCH, seed=0)],)
 
@@ -237,6 +249,7 @@ def as_task(name: str, build: Callable[[], nn.Module]) -> Task:
         loss=cross_entropy,
         figures=lambda model: {"accuracy": accuracy(model)},
         baseline=_baseline,
+        epochs=_epoch,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.tasks import cache, stdlib, transformer
-from bench.tasks.task import Inputs, Labelled, Task, cross_entropy
+from bench.tasks.task import Epoch, Inputs, Labelled, Task, cross_entropy
 from bench.tasks.training import Progress, fit
 
 BYTES = 256
@@ -190,6 +190,16 @@ def task(settings: Settings | None = None) -> Task:
             for some, follow in zip(torch.split(inputs, _BATCH), torch.split(labels, _BATCH), strict=True)
         ]
 
+    def epoch(batch: int, generator: torch.Generator) -> Epoch:
+        steps = max(1, len(text(chosen.seed)[0]) // (chosen.context * batch))
+
+        def batches() -> Iterator[Labelled]:
+            for _ in range(steps):
+                inputs, labels = _random(chosen, batch, generator)
+                yield (inputs,), labels
+
+        return Epoch(steps, batches)
+
     def example() -> Inputs:
         return calibration(_BATCH, seed=0)[0][0]
 
@@ -203,4 +213,5 @@ def task(settings: Settings | None = None) -> Task:
         loss=cross_entropy,
         figures=lambda model: {"-bits/byte": -bits(model, chosen)},
         baseline=lambda: -ngram_bits(text(chosen.seed)[0], *held_out(chosen)),
+        epochs=epoch,
     )

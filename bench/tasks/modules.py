@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.tasks import cache, minilm, stdlib
 from bench.tasks.similarity import LENGTH
-from bench.tasks.task import Inputs, Labelled, Task, cross_entropy, drawn
+from bench.tasks.task import Epoch, Inputs, Labelled, Task, cross_entropy, drawn
 from bench.tasks.training import Progress, fit
 
 Said = tuple[str, int]
@@ -91,23 +91,34 @@ def classifier(settings: Settings | None = None) -> Classifier:
         return Classifier(minilm.encoder().bert, chosen.modules).eval()
 
 
-def epochs(settings: Settings, number: int, order: int) -> Iterator[tuple[Inputs, Tensor]]:
-    """Yield the batches of so many epochs, each of docstrings that are about equally long, so that little is padding.
-
-    Args:
-        order: seed of the order that they come in.
-    """
+def _epoch(settings: Settings, batch: int, generator: torch.Generator) -> Epoch:
+    """Return an epoch whose batches are of docstrings that are about equally long, so that little is padding."""
     training = docstrings(settings.modules, settings.tested, settings.seed)[1][: settings.trained]
-    generator = torch.Generator().manual_seed(order)
     noise = 0.3  # of a docstring's length: who shares a batch changes from epoch to epoch
     lengths = torch.tensor([min(len(text), 5 * settings.short) for text, _ in training])
-    for _ in range(number):
+
+    def made() -> Iterator[tuple[Inputs, Tensor]]:
         mixed = lengths * (1 + noise * torch.rand(len(training), generator=generator))
-        batches = torch.split(mixed.argsort(), settings.batch)
+        batches = torch.split(mixed.argsort(), batch)
         for number in torch.randperm(len(batches), generator=generator).tolist():
             some = [training[row] for row in batches[number].tolist()]
             inputs = minilm.tokenize([text for text, _ in some], settings.short, fill=False)
             yield inputs, torch.tensor([module for _, module in some])
+
+    return Epoch(-(-len(training) // batch), made)
+
+
+def epochs(settings: Settings, number: int, order: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """Yield the batches of so many epochs.
+
+    Args:
+        order: seed of the order that they come in.
+    """
+    generator = torch.Generator().manual_seed(order)
+    for _ in range(number):
+        for inputs, labels in _epoch(settings, settings.batch, generator):
+            assert labels is not None
+            yield inputs, labels
 
 
 def steps_each(settings: Settings) -> int:
@@ -176,4 +187,5 @@ def task(settings: Settings | None = None) -> Task:
         figures=accuracy,
         baseline=baseline,
         dynamic=minilm.DYNAMIC,
+        epochs=lambda batch, generator: _epoch(chosen, batch, generator),
     )

@@ -8,14 +8,14 @@ its first sentence among all of these rests.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bench.tasks import minilm, stdlib
-from bench.tasks.task import Inputs, Labelled, Task, drawn, evaluating
+from bench.tasks.task import Epoch, Inputs, Labelled, Task, drawn, evaluating
 
 Pair = tuple[str, str]
 """The first sentence of a docstring, and the rest of it."""
@@ -120,6 +120,20 @@ def task(settings: Settings | None = None) -> Task:
         labels = torch.split(_dense(others, chosen.length)[order], _BATCH)
         return [(inputs, wanted.clone()) for inputs, wanted in zip(batches, labels, strict=True)]
 
+    def epoch(batch: int, generator: torch.Generator) -> Epoch:
+        training = pairs(chosen.tested, chosen.seed)[0]
+
+        def batches() -> Iterator[Labelled]:
+            dense = minilm.encoder()
+            for rows in torch.split(torch.randperm(len(training), generator=generator), batch):
+                sides = torch.randint(0, 2, (len(rows),), generator=generator).tolist()
+                some = [(training[row], side) for row, side in zip(rows.tolist(), sides, strict=True)]
+                with evaluating(dense):
+                    others = dense(*minilm.tokenize([pair[1 - side] for pair, side in some], chosen.length, fill=False))
+                yield minilm.tokenize([pair[side] for pair, side in some], chosen.length, fill=False), others.clone()
+
+        return Epoch(-(-len(training) // batch), batches)
+
     def example() -> Inputs:
         return minilm.tokenize([first for first, _ in pairs(chosen.tested, chosen.seed)[0][:_EXAMPLE]], chosen.length)
 
@@ -133,4 +147,5 @@ def task(settings: Settings | None = None) -> Task:
         loss=contrast,
         figures=lambda model: figures(model, chosen),
         dynamic=minilm.DYNAMIC,
+        epochs=epoch,
     )

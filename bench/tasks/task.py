@@ -16,6 +16,25 @@ Labelled = tuple[Inputs, Tensor | None]
 """The inputs of a batch and what the loss compares its output with."""
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The training split once, in batches that are made as they are asked for.
+
+    Attributes:
+        steps: how many batches there are.
+        make: -> the batches.
+    """
+
+    steps: int
+    make: Callable[[], Iterator[Labelled]]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Labelled]:
+        return self.make()
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode and inference mode, and leave its mode as it was."""
@@ -43,6 +62,7 @@ class Task:
         figures: every figure on the held-out split, by name; the first is the score. The model is in eval mode.
         baseline: -> the score of what has no network (naming the most frequent class, an n-gram model), if any.
         dynamic: which sizes differ from batch to batch, as `fxprune.compile` takes it; None: the batch alone.
+        epochs: (rows of a batch, generator) -> an epoch of the training split, in an order that the generator draws.
     """
 
     name: str
@@ -55,6 +75,7 @@ class Task:
     figures: Callable[[nn.Module], dict[str, float]]
     baseline: Callable[[], float] | None = None
     dynamic: dict[str, dict[int, str]] | None = None
+    epochs: Callable[[int, torch.Generator], Epoch] | None = None
 
     def model(self) -> nn.Module:
         """Return a fresh copy of the trained model, in eval mode; the first call on a machine trains it."""
@@ -71,6 +92,15 @@ class Task:
         Raises ValueError where the training split has fewer.
         """
         return self.batches(samples, seed)
+
+    def training(self, batch: int, number: int, seed: int = 0) -> Epoch:
+        """Return an epoch of the training split in batches of about `batch` rows; another order for each number.
+
+        Raises ValueError where the task has no data to train on.
+        """
+        if self.epochs is None:
+            raise ValueError(f"the task '{self.name}' has no epochs to train on")
+        return self.epochs(batch, torch.Generator().manual_seed(1_000_003 * seed + number))
 
     def measures(self, model: nn.Module) -> dict[str, float]:
         """Return every figure of a model on the held-out split; the first is the score."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import fxprune
-from fxprune.cli import bench, compile, explain, export, lists, profile, report, sweep
+from fxprune.cli import bench, compile, explain, export, lists, profile, report, sweep, train
 from fxprune.cli.console import INTERNAL, INTERRUPTED
 from fxprune.doctor import first_line
 from fxprune.errors import FxpruneError, RecipeError
@@ -46,6 +46,7 @@ app = typer.Typer(
 for _command in (
     compile.compile,
     sweep.sweep,
+    train.train,
     report.report,
     explain.explain,
     explain.ops,

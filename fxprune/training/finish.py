@@ -46,6 +46,8 @@ def finished(
     Raises:
         TargetError: the schedule is not at its end.
     """
+    from fxprune.passes.training.units import CountedUnits
+
     subject = pruner._subject
     open_ = [one for one in pruner.prunings if not one.done]
     if open_:
@@ -67,7 +69,8 @@ def finished(
     try:
         with no_collection(), torch.inference_mode(False):
             ready = prepare(admit(model), args, kwargs, settings, dynamic, clock, plan, calibration)
-            result = make(choose(ready, settings, clock, plan), settings, clock, metric)
+            counted = any(isinstance(u, CountedUnits) for one in pruner.prunings for u in one.units)
+            result = make(choose(ready, settings, clock, plan), settings, clock, metric, counted)
     except BaseException:
         if list(subject.weights) != names:
             pruner.mask_again()
@@ -80,7 +83,7 @@ def finished(
     if clocked:
         report.clocked = clocked[-1]
     if fill is not None and result.plan.masks:
-        _fill(result, fill, subject.recipe.seed)
+        filled(result, fill, subject.recipe.seed)
     return result
 
 
@@ -151,8 +154,12 @@ def _inputs_like(before: nn.Module, now: nn.Module, inputs: Any) -> Any:
     return inputs if (first.device, first.dtype) == (last.device, last.dtype) else pytree.tree_map(moved, inputs)
 
 
-def _fill(result: Pruned, size: float, seed: int) -> None:
-    """Make what stays dense again: zeros of masks become small numbers, and the plan has no masks any more."""
+def filled(result: Pruned, size: float, seed: int) -> None:
+    """Make what stays dense again: zeros of masks become small numbers, and the plan has no masks any more.
+
+    Args:
+        size: standard deviation of the numbers, in those of the weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, mask in result.plan.masks.items():

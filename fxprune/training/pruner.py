@@ -570,11 +570,12 @@ class Pruner:
         )
 
     def _write(self) -> None:
+        aimed = [one for one in self._prunings if not one.method.targetless] or self._prunings
         row = Row(
             step=self.step,
             sparsity=self.sparsity(),
-            gone=max(one.gone for one in self._prunings),
-            target=max(one.target for one in self._prunings),
+            gone=max(one.gone for one in aimed),
+            target=max(one.target for one in aimed),
             macs=self._macs(),
             loss=self._loss,
         )

@@ -120,7 +120,7 @@ class When(BaseModel):
             end = round(self.end * size)
         every = max(1, (end - start) // 40) if self.every is None else max(1, round(self.every * size))
         last = start if self.ramp == "oneshot" and not self.dense else end
-        if steps is not None and last >= steps:
+        if steps is not None and last > steps:  # one behind the last step is made by `finish`
             raise RecipeError(f"schedule: its last update is before step {last}, and the run has {steps} steps")
         return Schedule(self.ramp, start, end, every, self.initial, round(self.dense * size), round(self.sparse * size))
 

@@ -70,11 +70,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], type[FxpruneError], str]] = {
         RecipeError,
         "its last update is before step 20, and the run has 10 steps",
     ),
-    "a schedule that ends with the run": (
-        {"target": 0.5, "schedule": {"end": 10}},
+    "a schedule that ends a step behind the run": (
+        {"target": 0.5, "schedule": {"end": 11}},
         {"steps": 10},
         RecipeError,
-        "its last update is before step 10, and the run has 10 steps",
+        "its last update is before step 11, and the run has 10 steps",
     ),
     "a schedule without an end": ({"target": 0.5, "schedule": {}}, {}, RecipeError, "without an `end`, pass `steps`"),
     "a schedule that goes backwards": (
