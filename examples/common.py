@@ -42,7 +42,7 @@ def train(
         if pruner is not None and distil:
             value = pruner.distill(value)
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -60,8 +60,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, positions, width) to the same shape."""
-        heads = (f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        seen = functional.scaled_dot_product_attention(*heads, is_causal=self.causal)
+        query, key, value = (
+            f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         mixed: Tensor = self.out(seen.transpose(1, 2).flatten(2))
         return mixed
 

@@ -50,7 +50,7 @@ class Recommender(nn.Module):
         """Map (N, numbers) and int64 (N, tables) to the logit of a click, (N,)."""
         bottom = self.bottom(numbers)
         vectors = torch.stack([bottom, *(table(ids[:, i]) for i, table in enumerate(self.tables))], 1)
-        products = torch.matmul(vectors, vectors.transpose(1, 2)).flatten(1)[:, self.pairs]
+        products = torch.matmul(vectors, vectors.transpose(1, 2)).flatten(1)[:, self.get_buffer("pairs")]
         logits: Tensor = self.top(torch.cat([bottom, products], 1)).squeeze(1)
         return logits
 

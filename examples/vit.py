@@ -31,7 +31,14 @@ class ViT(nn.Module):
 
 
 def main(
-    width: int = 96, depth: int = 4, heads: int = 6, steps: int = 800, batch: int = 64, rounds: int = 30, seed: int = 0
+    width: int = 96,
+    depth: int = 4,
+    heads: int = 6,
+    steps: int = 800,
+    batch: int = 64,
+    lr: float = 1e-3,
+    rounds: int = 30,
+    seed: int = 0,
 ) -> Result:
     """Train the dense model, train on while heads and MLPs shrink under its own teaching, and compare.
 
@@ -39,12 +46,13 @@ def main(
         width, depth, heads: of the transformer.
         steps: of training, and as many again while it is pruned.
         batch: images of a step.
+        lr: the first learning rate.
         rounds: of timing.
     """
     torch.manual_seed(seed)
     digits = Digits.load(seed)
     model = ViT(width, depth, heads)
-    train(model, digits.draw(batch, seed), functional.cross_entropy, steps, 1e-3)
+    train(model, digits.draw(batch, seed), functional.cross_entropy, steps, lr)
     dense = digits.accuracy(model)
     pruning = {
         "method": {"name": "movement", "initial": "magnitude"},
@@ -56,7 +64,7 @@ def main(
     pruner = Pruner(
         model, digits.test_images[:batch], pruning, steps=steps, distillation={"alpha": 0.5}, backend="torch"
     )
-    train(model, digits.draw(batch, seed + 1), functional.cross_entropy, steps, 1e-3, pruner, distil=True)
+    train(model, digits.draw(batch, seed + 1), functional.cross_entropy, steps, lr, pruner, distil=True)
     return finished("ViT, digits", "accuracy", dense, pruner.finish(), digits.accuracy, rounds=rounds)
 
 

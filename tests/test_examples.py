@@ -13,7 +13,7 @@ from examples.common import Result
 
 EXAMPLES: list[tuple[ModuleType, dict[str, Any], float]] = [
     (cnn, {"width": 8, "steps": 120, "batch": 32}, 0.5),
-    (vit, {"width": 32, "depth": 2, "heads": 4, "steps": 120, "batch": 32}, 0.3),
+    (vit, {"width": 32, "depth": 2, "heads": 4, "steps": 200, "batch": 32, "lr": 4e-3}, 0.3),
     (
         bert,
         {"pretrained": False, "width": 32, "depth": 2, "length": 16, "steps": 40, "batch": 8, "docstrings": 150},
