@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 _SAME = 1e-3
 
 
+def refuse_open(pruner: Pruner) -> None:
+    """Refuse to finish in the middle; nothing has been changed then, so that training can go on.
+
+    Raises:
+        TargetError: the schedule is not at its end.
+    """
+    open_ = [one for one in pruner.prunings if not one.done]
+    if open_:
+        raise TargetError(
+            f"step {pruner.step}: the schedule of '{open_[0].stage.name}' goes on to step {open_[0].schedule.end}, and "
+            f"{open_[0].gone:.1%} of {open_[0].target:.1%} is gone; train on, or let it end earlier"
+        )
+
+
 def finished(
     pruner: Pruner,
     calibration: Any,
@@ -41,20 +55,10 @@ def finished(
     fill: float | None,
     overrides: dict[str, Any],
 ) -> Pruned:
-    """Return what `Pruner.finish` does. Where it fails the model has its masks as before.
-
-    Raises:
-        TargetError: the schedule is not at its end.
-    """
+    """Return what `Pruner.finish` does. Where it fails the model has its masks as before."""
     from fxprune.passes.training.units import CountedUnits
 
     subject = pruner._subject
-    open_ = [one for one in pruner.prunings if not one.done]
-    if open_:
-        raise TargetError(
-            f"step {pruner.step}: the schedule of '{open_[0].stage.name}' goes on to step {open_[0].schedule.end}, and "
-            f"{open_[0].gone:.1%} of {open_[0].target:.1%} is gone; train on, or let it end earlier"
-        )
     given = {"target": {"params": 1.0}, "reconstruction": "none", "basis": "none"}
     settings = read_recipe(subject.recipe.model_dump(exclude_unset=True) | given, **overrides)
     plan = _plan(pruner, settings.model_dump(mode="json", exclude_unset=True))

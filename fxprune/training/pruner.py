@@ -25,7 +25,8 @@ from fxprune.passes.training.masked import like, whole
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
 from fxprune.training import checkpoint as files
-from fxprune.training.finish import finished
+from fxprune.training.distill import Distiller
+from fxprune.training.finish import finished, refuse_open
 from fxprune.training.log import Log, Row
 from fxprune.training.steps import follow
 
@@ -53,6 +54,10 @@ class Pruner:
         steps_per_epoch: for schedules in epochs.
         backend, threads: that a target on the clock is measured on.
         seed: of what methods draw.
+        distillation: the model learns from a teacher, too: see `fxprune.passes.training.distill.Distillation`. Call
+            `loss = pruner.distill(loss)` before the backward pass; of models whose output has a `.loss`
+            (transformers, called with labels) that is blended by itself.
+        teacher: by default a copy of the model as it is now: to go on from a checkpoint, pass the dense model again.
         log: a folder for `pruning.csv`, and TensorBoard's events where that is installed; None for none.
         checkpoint: a file that `save` writes to by default, and that non-finite scores leave behind.
         progress: called with a line at every update.
@@ -90,6 +95,8 @@ class Pruner:
         backend: str | Mapping[str, Any] = "onnxruntime",
         threads: int | None = None,
         seed: int = 0,
+        distillation: Mapping[str, Any] | None = None,
+        teacher: nn.Module | None = None,
         log: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
@@ -104,6 +111,8 @@ class Pruner:
         inner = _inner(model)
         _refuse_sharded(inner)
         reference = admit(copied(inner)).model
+        if distillation is not None and teacher is None:
+            teacher = copied(inner)
         captured = capture(reference, args, keywords, dynamic_shapes)
         analysis = analyse(captured)
         recipe = read_recipe({"target": {"params": 1.0}, "backend": backend, "threads": threads, "seed": seed})
@@ -140,6 +149,7 @@ class Pruner:
         except BaseException:
             self._subject.weights.remove(zeros=False)
             raise
+        self._distiller = None if teacher is None else Distiller(inner, teacher, **(distillation or {}))
         self._forgetful()
 
     def __enter__(self) -> Pruner:
@@ -165,6 +175,8 @@ class Pruner:
         self._live()
         if self._hooks:
             raise InputError("an optimizer is attached already; `detach` it first")
+        inner = getattr(optimizer, "optimizer", None)  # what accelerate's wrapper holds
+        optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = {id(p) for p in self.model.parameters()}
         if not held & mine:
@@ -217,6 +229,30 @@ class Pruner:
             self._write()
         self._set_gates()
 
+    def distill(self, loss: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the loss blended with what the model loses against its teacher in the last forward pass.
+
+        Args:
+            loss: of the labels, of a forward pass in training mode.
+            mask: (batch, positions): 0 where a row does not count; by default the model's input `attention_mask`.
+
+        Raises:
+            InputError: the Pruner was made without `distillation`; or see `Distiller.distill`.
+        """
+        self._live()
+        return self.distiller.distill(loss, mask)
+
+    @property
+    def distiller(self) -> Distiller:
+        """What blends losses: which layers are compared, and the parts of the last loss.
+
+        Raises:
+            InputError: the Pruner was made without `distillation`.
+        """
+        if self._distiller is None:
+            raise InputError("this Pruner has no teacher: pass distillation={...} when you make it")
+        return self._distiller
+
     def on_before_optimizer_step(self, loss: Tensor | float | None = None) -> None:
         """After the backward pass: gradients are looked at, and changed where the method says so.
 
@@ -231,6 +267,11 @@ class Pruner:
         self._live()
         if loss is not None:
             self._loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        if self._distiller is not None and not self._distiller.used:
+            raise InputError(
+                "distillation was asked for, and no loss was blended before the first step of the optimizer: call "
+                "`loss = pruner.distill(loss)` behind each forward pass, before `loss.backward()`"
+            )
         self._check_finite()
         weights = self._subject.weights
         with torch.no_grad():
@@ -327,6 +368,9 @@ class Pruner:
         """
         self._live()
         self.on_step_begin()
+        refuse_open(self)
+        if self._distiller is not None:
+            self._distiller.close()
         result = finished(self, calibration, metric, fill, overrides)
         self._end()
         return result
@@ -342,6 +386,8 @@ class Pruner:
         """
         self._live()
         self._subject.weights.remove(zeros=zeros)
+        if self._distiller is not None:
+            self._distiller.close()
         self._end()
 
     def mask_again(self) -> None:

@@ -4,6 +4,7 @@
 - `find`     from that to `units`, what goes as one: entries, blocks, n:m, channels, heads, layers
 - `cut`      which units go for a share of all; `pruning` all of it together while it runs
 - `masked`   weights with masks, as parametrisations
+- `distill`  what is lost against a teacher: in logits, embeddings, hidden states
 - `methods/` one file for each idea; `method` the contract they keep
 """
 
