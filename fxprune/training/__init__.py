@@ -1,8 +1,12 @@
 """Pruning while a model trains, as a user drives it.
 
 - `pruner`     `Pruner`: attaches to a training loop, or is told by hooks; `finish` gives a smaller model
-- `distill`    `Distiller`: the loss blended with what is lost against a teacher; `taps` what layers return
-- `callbacks`  for the training loops of transformers and Lightning
+- `steps`      how an optimizer is followed; `masking` several prunings on the same weights; `wrapped` what is refused
+- `distill`    a dense or larger model as a teacher; `taps` reads hidden states
 - `finish`     from masks to a plan, and through rewriting and proof to a `Pruned`
+- `ladder`     a family of ever faster models from one run
+- `recipe`     several stages in YAML; `run` trains by one: `task`, `batches`, `optimizers`, `compose`, `show`
+- `checkpoint` files of a run that goes on later; `run_folder` those of a recipe's run
 - `log`        what is written down at each update: for the terminal, as CSV, for TensorBoard
+- `callbacks/` for transformers' Trainer and Lightning
 """

@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.admit import admit
 from fxprune.analyse import analyse
-from fxprune.axes import Axis
 from fxprune.capture import capture, example
 from fxprune.copies import copied
 from fxprune.costs import Costs
@@ -28,7 +27,9 @@ from fxprune.training import checkpoint as files
 from fxprune.training.distill import Distiller
 from fxprune.training.finish import finished, refuse_open
 from fxprune.training.log import Log, Row
+from fxprune.training.masking import Masking
 from fxprune.training.steps import follow
+from fxprune.training.wrapped import inner as unwrapped
 
 #: What a checkpoint says that it is.
 _FORMAT = 2
@@ -108,8 +109,7 @@ class Pruner:
         training.load()
         told = training.stages(pruning)
         args, keywords = example(example_inputs, kwargs)
-        inner = _inner(model)
-        _refuse_sharded(inner)
+        inner = unwrapped(model)
         reference = admit(copied(inner)).model
         if distillation is not None and teacher is None:
             teacher = copied(inner)
@@ -133,6 +133,7 @@ class Pruner:
             Pruning.of(stage, self._subject, stage.schedule.schedule(steps, steps_per_epoch), seed + i, steps)
             for i, stage in enumerate(told)
         ]
+        self._masking = Masking(self._subject, self._prunings)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._log = Log(None if log is None else Path(log))
         self._say = progress or (lambda text: None)
@@ -145,7 +146,7 @@ class Pruner:
         try:
             for one in self._prunings:
                 one.method.start(one)
-                self._mask(one)
+                self._masking.put_on(one)
         except BaseException:
             self._subject.weights.remove(zeros=False)
             raise
@@ -224,10 +225,10 @@ class Pruner:
         for one in self._prunings:
             one.method.before_forward(one)
         if any(changed) or self.step == 0:
-            self._set_masks()
+            self._masking.set_masks()
             self._rewind([p for p, new in zip(self._prunings, changed, strict=True) if new])
             self._write()
-        self._set_gates()
+        self._masking.set_gates()
 
     def distill(self, loss: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss blended with what the model loses against its teacher in the last forward pass.
@@ -273,20 +274,13 @@ class Pruner:
                 "`loss = pruner.distill(loss)` behind each forward pass, before `loss.backward()`"
             )
         self._check_finite()
-        weights = self._subject.weights
         with torch.no_grad():
             for one in self._prunings:
                 one.step = self.step
                 with torch.enable_grad():
                     one.method.before_step(one)
                 one.fresh()
-            free = {n for one in self._prunings if one.method.trains_masked for u in one.units for n in u.weights}
-            for one in self._prunings:
-                if one.method.through:
-                    for name in dict.fromkeys(n for u in one.units for n in u.weights):
-                        if name in weights and name not in free:
-                            weights.mask_gradient(name)
-                            free.add(name)
+            self._masking.mask_gradients()
 
     def on_after_optimizer_step(self) -> None:
         """After the optimizer's step: the same as `on_step_end`, and only one of the two counts."""
@@ -332,9 +326,7 @@ class Pruner:
 
     def sparsity(self) -> float:
         """Return the share of the masked weights' entries that is zero now."""
-        weights = self._subject.weights
-        total = sum(weights.mask(n).numel() for n in weights)
-        return sum(int((~weights.mask(n)).sum()) for n in weights) / total if total else 0.0
+        return self._masking.sparsity()
 
     def unfit(self) -> dict[str, str]:
         """Return layers and groups that are not pruned, and why."""
@@ -393,9 +385,9 @@ class Pruner:
     def mask_again(self) -> None:
         """Put the masks back onto weights that they were taken off."""
         for one in self._prunings:
-            self._mask(one)
-        self._set_masks()
-        self._set_gates()
+            self._masking.put_on(one)
+        self._masking.set_masks()
+        self._masking.set_gates()
 
     def _end(self) -> None:
         self.detach()
@@ -431,8 +423,8 @@ class Pruner:
             one.step = state["step"]
         self.step, self._begun, self._snapshot = state["step"], state["begun"], state["snapshot"]
         self._log.restore([Row(**row) for row in state["rows"]])
-        self._set_masks()
-        self._set_gates()
+        self._masking.set_masks()
+        self._masking.set_gates()
 
     def save(self, file: str | os.PathLike[str] | None = None, **more: Any) -> Path:
         """Write the Pruner's state, the model's and the attached optimizer's into one file, all or nothing.
@@ -506,14 +498,6 @@ class Pruner:
             one.check(own)
 
     # ------------------------------------------------------------------ inside
-    def _mask(self, one: Any) -> None:
-        """Give the weights of a pruning their parametrisations."""
-        through, soft = one.method.through, one.method.soft
-        for u in one.units:
-            # Where gates are read is enough: what is behind a closed one reaches nothing, and goes at the end.
-            for name in u.gated() if soft else u.weights:
-                self._subject.weights.add(name, through=through, soft=soft)
-
     def _update(self) -> list[bool]:
         """Let all prunings choose what stays, or none of them.
 
@@ -542,36 +526,6 @@ class Pruner:
     def _live(self) -> None:
         if self._done:
             raise InputError("this Pruner has finished; make another one for another run")
-
-    def _set_masks(self) -> None:
-        weights = self._subject.weights
-        masks: dict[str, Tensor] = {}
-        zeroed = dict.fromkeys(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.weights)
-        weights.bake(zeroed)  # what comes back starts at zero, whatever an optimizer's momentum has made of it
-        for one in self._prunings:
-            for name, mask in one.masks().items():
-                masks[name] = masks[name] & mask if name in masks else mask
-        for name in weights:
-            if name in masks:
-                weights.set_mask(name, masks[name])
-        weights.bake(zeroed)
-
-    def _set_gates(self) -> None:
-        """Weights with gates are multiplied with all of theirs, and with the masks of others."""
-        soft = [one for one in self._prunings if one.method.soft]
-        if not soft:
-            return
-        weights = self._subject.weights
-        for name in dict.fromkeys(n for one in soft for u in one.units for n in u.gated()):
-            gate: Tensor | None = None
-            for one in self._prunings:
-                if not any(name in u.weights for u in one.units):
-                    continue
-                own = one.gates.get(name) if one.method.soft and not one.done else one.masks().get(name)
-                if own is not None:
-                    gate = own if gate is None else gate * own
-            if gate is not None:
-                weights.set_gate(name, gate)
 
     def _forgetful(self) -> None:
         """Keep the weights that a rewinding goes back to."""
@@ -622,22 +576,11 @@ class Pruner:
             sparsity=self.sparsity(),
             gone=max(one.gone for one in aimed),
             target=max(one.target for one in aimed),
-            macs=self._macs(),
+            macs=self._masking.macs(),
             loss=self._loss,
         )
         self._log.add(row)
         self._say(row.line())
-
-    def _macs(self) -> float:
-        """The share of the multiply-accumulates that stays, as far as axes and branches go."""
-        counts: dict[Axis, int] = {}
-        removed: dict[fx.Node, fx.Node] = {}
-        for one in self._prunings:
-            kept = one.selection()
-            counts |= {axis: len(indices) for axis, indices in kept.items()}
-            removed |= kept.removed
-        costs = self._subject.costs
-        return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
 
 
 def _plainly(name: str) -> str:
@@ -648,38 +591,3 @@ def _plainly(name: str) -> str:
 def _local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return getattr(tensor, "_local_tensor", tensor)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model whose parameters are spread over processes already.
-
-    Raises:
-        InputError: it is one.
-    """
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise InputError(
-                f"'{name}' is sharded already (fully_shard): make the Pruner before, of the whole model, and shard it "
-                "afterwards"
-            )
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise InputError(
-            "the model is in FullyShardedDataParallel, which flattens parameters: make the Pruner of the whole model, "
-            "and shard that with torch.distributed.fsdp.fully_shard"
-        )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module that wrappers hold: what is parametrised.
-
-    Raises:
-        InputError: it is wrapped in DistributedDataParallel, which would wait for gradients that no longer come: its
-            hooks are on parameters as they were before they had parametrisations.
-    """
-    while isinstance(model, nn.DataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise InputError(
-            "the model is in DistributedDataParallel already: make the Pruner before, of the model that it wraps"
-        )
-    return model
