@@ -14,6 +14,7 @@ Speed is measured in onnxruntime against the dense model. Every seed orders the 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import tempfile
 import warnings
@@ -80,14 +81,14 @@ def fit(
 
 
 def run_ladder(
-    seed: int, epochs: int, lr: float, folder: Path, say: Callable[[str], None]
+    settings: modules.Settings, seed: int, epochs: int, lr: float, folder: Path, say: Callable[[str], None]
 ) -> dict[float, dict[str, Any]]:
     """Return the figures of all rungs of one run."""
-    task = modules.task(SETTINGS)
-    each = modules.steps_each(SETTINGS)
+    task = modules.task(settings)
+    each = modules.steps_each(settings)
 
     def tune(module: nn.Module, teacher: nn.Module, rung: int) -> None:
-        fit(module, teacher, modules.epochs(SETTINGS, epochs, 100 * seed + rung), epochs * each, lr, say)
+        fit(module, teacher, modules.epochs(settings, epochs, 100 * seed + rung), epochs * each, lr, say)
 
     family = fxprune.ladder(
         task.model(),
@@ -106,12 +107,12 @@ def run_ladder(
 
 
 def run_movement(
-    speedup: float, seed: int, epochs: int, more: int, lr: float, say: Callable[[str], None]
+    settings: modules.Settings, speedup: float, seed: int, epochs: int, more: int, lr: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return the figures of one model that was pruned by movement."""
-    task = modules.task(SETTINGS)
+    task = modules.task(settings)
     model, teacher = task.model(), task.model()
-    steps = epochs * modules.steps_each(SETTINGS)
+    steps = epochs * modules.steps_each(settings)
     stage = {
         "method": {"name": "movement", "lr": 1e-2},
         "pattern": "struct",
@@ -122,10 +123,10 @@ def run_movement(
     pruner = fxprune.Pruner(
         model, task.example, stage, dynamic_shapes=task.dynamic, steps=steps, seed=seed, progress=say
     )
-    fit(model, teacher, modules.epochs(SETTINGS, epochs, 100 * seed), steps, lr, say, pruner.attach)
+    fit(model, teacher, modules.epochs(settings, epochs, 100 * seed), steps, lr, say, pruner.attach)
     pruned = pruner.finish()
-    left = more * modules.steps_each(SETTINGS)
-    fit(pruned.module, teacher, modules.epochs(SETTINGS, more, 100 * seed + 1), left, lr, say)
+    left = more * modules.steps_each(settings)
+    fit(pruned.module, teacher, modules.epochs(settings, more, 100 * seed + 1), left, lr, say)
     pruned.report.metric = fxprune.report.Pair(0.0, task.score(pruned.module))
     pruned.measure(against=task.model())
     return figures(pruned)
@@ -176,6 +177,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="epochs of movement")] = 4,
     more: Annotated[int, typer.Option(min=1, help="epochs of the smaller model after movement")] = 2,
     lr: Annotated[float, typer.Option()] = 1e-4,
+    limit: Annotated[int | None, typer.Option(min=16, help="training docstrings; all where not said")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     rungs: Annotated[Path, typer.Option(help="where rungs are kept, for an interrupted run")] = _RUNGS,
@@ -190,11 +192,20 @@ def main(
     def say(text: str) -> None:
         console.print(text, style="dim", highlight=False)
 
+    settings = dataclasses.replace(SETTINGS, trained=limit)
     about = document.opened(
-        file, resume, rung=rung, epochs=epochs, more=more, lr=lr, tested=SETTINGS.tested, package=minilm.PACKAGE
+        file,
+        resume,
+        rung=rung,
+        epochs=epochs,
+        more=more,
+        lr=lr,
+        limit=limit,
+        tested=SETTINGS.tested,
+        package=minilm.PACKAGE,
     )
     about |= {"machine": machine.describe(), "threads": threads}
-    task = modules.task(SETTINGS)
+    task = modules.task(settings)
     about.setdefault("dense", task.score(task.model()))
     rows = about.setdefault("rows", {})
 
@@ -210,16 +221,16 @@ def main(
     for seed in range(seeds):
         if any(missing(LADDER, speed, seed) for speed in SPEEDUPS):
             folder = rungs / f"fxprune-ladder-{rung}-{lr:g}-{seed}"
-            for speed, row in run_ladder(seed, rung, lr, folder, say).items():
+            for speed, row in run_ladder(settings, seed, rung, lr, folder, say).items():
                 keep(LADDER, speed, seed, row)
         for speed in SPEEDUPS:
             if missing(MOVEMENT, speed, seed):
-                keep(MOVEMENT, speed, seed, run_movement(speed, seed, epochs, more, lr, say))
+                keep(MOVEMENT, speed, seed, run_movement(settings, speed, seed, epochs, more, lr, say))
         if missing(DENSE, 1.0, seed):
             model = task.model()
             number = 3 * rung
-            left = number * modules.steps_each(SETTINGS)
-            fit(model, task.model(), modules.epochs(SETTINGS, number, 100 * seed), left, lr, say)
+            left = number * modules.steps_each(settings)
+            fit(model, task.model(), modules.epochs(settings, number, 100 * seed), left, lr, say)
             keep(DENSE, 1.0, seed, {"accuracy": task.score(model), "speedup": 1.0})
     console.print(table(about))
     console.print(machine.stamp(), style="dim", highlight=False)

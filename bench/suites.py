@@ -136,8 +136,7 @@ _ALL = (
             "Torch-Pruning, FastNAS and onnxsim are given the ratio at which they are as fast on the clock; "
             "torch.nn.utils.prune only writes zeros, so that its models are as slow as the dense one.",
             "FastNAS counts with torchprofile 0.0.4; a later one lacks what it reads there.",
-            "Block movement pruning (nn_pruning) learns its masks in training: it has no row among methods that do not "
-            "train, and will be restated from its paper beside training-time pruning.",
+            "Block movement pruning (nn_pruning) learns its masks in training: its row is in the suite `training`.",
         ),
     ),
     Suite(
@@ -170,6 +169,27 @@ _ALL = (
             "The row SparseGPT is fxprune's `method: sparsegpt`, the published algorithm, which is what "
             "llm-compressor's SparseGPTModifier runs, too.",
         ),
+    ),
+    Suite(
+        name="training",
+        what="every way to prune while training, before and after tuning; the ladder and block movement at the same "
+        "measured speed-up; what masks cost a training step",
+        peers="nn_pruning's block movement and CoFi's gates, restated from their papers",
+        steps=(
+            Step(
+                "bench.methods",
+                "methods.json",
+                quick=("digits_vit", "--method", "magnitude", "--seeds", "1", "--epochs", "2"),
+            ),
+            Step(
+                "bench.ladder",
+                "ladder.json",
+                quick=("--only", "dense, trained on", "--limit", "64", "--rung", "1", "--seeds", "1"),
+            ),
+            Step("bench.mask_cost", "mask_cost.json", quick=("--rounds", "12", "--tokens", "16"), resume=()),
+        ),
+        minutes=(360, 2),
+        needs=("sklearn", "transformers", "onnxruntime", "onnxscript"),
     ),
     Suite(
         name="memory",

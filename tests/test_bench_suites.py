@@ -23,7 +23,7 @@ from bench.peers import modelopt, onnxsim, torch_masks
 from bench.suites import RESULTS, SUITES, Step, Suite
 from bench.tasks import digits
 
-NAMES = ["compile_time", "coverage", "accuracy", "latency", "patterns", "memory", "gpu"]
+NAMES = ["compile_time", "coverage", "accuracy", "latency", "patterns", "training", "memory", "gpu"]
 
 #: A program that takes what those of a suite take, adds a row a call, and fails where it is told to.
 STAND_IN = """
