@@ -33,6 +33,8 @@ from fxprune.training.wrapped import inner as unwrapped
 
 #: What a checkpoint says that it is.
 _FORMAT = 2
+#: What "hybrid-filled" puts in the place of zeros: so many standard deviations of the weight.
+_FILL = 0.1
 
 
 class Pruner:
@@ -351,7 +353,8 @@ class Pruner:
             calibration: batches, for `quantization`.
             metric: model -> number, for the report.
             fill: zeros inside what stays become small random numbers instead, as far as patterns of blocks go: so many
-                times the standard deviation of the weight. Then it can be trained on as a dense model.
+                times the standard deviation of the weight. Then it can be trained on as a dense model. By default not,
+                and 0.1 with the pattern "hybrid-filled".
             overrides: keys of `fxprune.recipe.Recipe`: `quantization="int8"`, `proof="quick"`, `keep_class=True`.
 
         Raises:
@@ -363,6 +366,8 @@ class Pruner:
         refuse_open(self)
         if self._distiller is not None:
             self._distiller.close()
+        if fill is None and any("hybrid-filled" in one.stage.patterns for one in self._prunings):
+            fill = _FILL
         result = finished(self, calibration, metric, fill, overrides)
         self._end()
         return result

@@ -17,29 +17,29 @@ WIDTH, HEADS, CLASSES = 16, 4, 8
 class Attention(nn.Module):
     """A residual branch of attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, heads: int = HEADS) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm, self.heads = nn.LayerNorm(width), heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, tokens, WIDTH) to the same."""
-        n, t, _ = x.shape
+        """Map (N, tokens, width) to the same."""
+        n, t, width = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).view(n, t, HEADS, WIDTH // HEADS).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(y).view(n, t, self.heads, width // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
         z = nn.functional.scaled_dot_product_attention(q, k, v)
-        return x + self.out(z.transpose(1, 2).reshape(n, t, WIDTH))
+        return x + self.out(z.transpose(1, 2).reshape(n, t, width))
 
 
 class Mlp(nn.Module):
     """A residual branch of two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, tokens, WIDTH) to the same."""
+        """Map (N, tokens, width) to the same."""
         return x + self.down(self.up(self.norm(x)).relu())
 
 

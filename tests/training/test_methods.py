@@ -13,7 +13,7 @@ import fxprune
 from fxprune.errors import RecipeError
 from fxprune.passes import training
 from fxprune.passes.training.units import CountedUnits
-from tests.training.nets import finished, train
+from tests.training.nets import CLASSES, Attention, Mlp, finished, train
 
 training.load()
 SCHEDULE = {"start": 2, "end": 8, "every": 2}
@@ -143,6 +143,31 @@ def test_two_prunings_beside_each_other() -> None:
 
 
 HEADS_LEFT = 4
+
+
+def _wide() -> nn.Module:
+    """Heads of 32 dimensions, as block movement's blocks of 32 x 32 want them."""
+    torch.manual_seed(0)
+    blocks = (Attention(64, 2), Mlp(64), Attention(64, 2), Mlp(64))
+    return nn.Sequential(nn.Linear(3, 64), *blocks, nn.LayerNorm(64), nn.Linear(64, CLASSES))
+
+
+@pytest.mark.parametrize("pattern", ["hybrid", "hybrid-filled", "struct"])
+def test_the_three_ways_of_block_movement(pattern: str) -> None:
+    stage = {"method": "movement", "pattern": pattern, "target": 0.5, "schedule": SCHEDULE}
+    pruner = train("transformer", stage, model=_wide())
+    kinds = {u.kind for u in pruner.prunings[0].units}
+    assert kinds == ({"head", "ffn"} if pattern == "struct" else {"attention:32x32", "ffn"})
+    result, difference = finished(pruner, "transformer")
+    assert sum(g.kept for g in result.plan.groups if g.role == "ffn") <= 128  # half of the inner widths
+    zeros = sum(int((p == 0).sum()) for n, p in result.module.named_parameters() if n.endswith("weight"))
+    if pattern == "hybrid":
+        assert result.plan.masks
+        assert zeros >= 32 * 32
+    else:
+        assert not result.plan.masks
+        assert not zeros
+    assert difference < (1.0 if pattern == "hybrid-filled" else 1e-5)
 
 
 def test_masks_survive_saving(tmp_path: Any) -> None:
