@@ -50,7 +50,11 @@ def ladder(
         model: a trained one; it is left as it was.
         speedups: over the dense model, ascending.
         tune: trains a module; gets the dense model as a teacher, in eval mode, and the number of the rung.
-        calibration, loss: as `fxprune.compile` takes them.
+        example_inputs: as `fxprune.compile` takes them, and so what follows up to `loss`.
+        calibration: batches that each rung is pruned with.
+        kwargs: keyword inputs beside positional ones.
+        dynamic_shapes: which sizes differ from batch to batch.
+        loss: (output, labels) -> scalar, for criteria that use gradients.
         metric: model -> number, higher is better; reported of the dense model and of each rung after tuning.
         directory: each rung is saved there under its speed-up, and one that is there already is loaded instead of
             made: an interrupted run goes on with the rung that it was at.

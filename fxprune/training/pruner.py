@@ -51,11 +51,14 @@ class Pruner:
 
     Args:
         model: that is trained; its modules are parametrised in place, until `finish`.
-        example_inputs, kwargs, dynamic_shapes: as `fxprune.compile` takes them.
+        example_inputs: as `fxprune.compile` takes them, and so `kwargs` and `dynamic_shapes`.
+        kwargs: keyword inputs beside positional ones.
+        dynamic_shapes: which sizes differ from batch to batch.
         pruning: one pruning, or a list of several on different layers: see `fxprune.passes.training.Stage`.
         steps: of the whole run, where known: schedules without an end need it, and one that ends later is refused.
         steps_per_epoch: for schedules in epochs.
-        backend, threads: that a target on the clock is measured on.
+        backend: that a target on the clock is measured on.
+        threads: of the backend.
         seed: of what methods draw.
         distillation: the model learns from a teacher, too: see `fxprune.passes.training.distill.Distillation`. Call
             `loss = pruner.distill(loss)` before the backward pass; of models whose output has a `.loss`

@@ -58,7 +58,7 @@ def train(
 
     Args:
         model: any module; it is left as it was, a copy is trained.
-        example_inputs, kwargs, dynamic_shapes: as `fxprune.compile` takes them.
+        example_inputs: as `fxprune.compile` takes them, and so `kwargs` and `dynamic_shapes`.
         recipe: a dict, a YAML file or a `TrainRecipe`: see `fxprune.training.recipe.TrainRecipe` for the keys.
         batches: what is trained on: a DataLoader or a list, which is gone through again in every epoch; a Dataset; or
             a function epoch -> iterable. A batch is (inputs, labels), (input, ..., labels), or a dict whose entries

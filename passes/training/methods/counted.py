@@ -21,7 +21,7 @@ class StraightThrough(Method):
     Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch" (SR-STE, 2021), equation 9:
     gradient += decay * (1 - mask) * w. With decay 0 it is the plain straight-through estimator.
 
-    Args:
+    Attributes:
         decay: 2e-4 in the paper.
     """
 
@@ -51,7 +51,7 @@ class MaskLearning(Method):
     softmax((scale * logits + Gumbel noise) / temperature); the temperature falls and the scale rises over the schedule.
     Logits start at `prior` times how well a candidate fits the mask by magnitude.
 
-    Args:
+    Attributes:
         lr: of the logits.
         temperature: at the start and at the end.
         scale: of the logits, at the start and at the end.

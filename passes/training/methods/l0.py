@@ -38,7 +38,7 @@ class L0(Method):
     At the end the most probable units stay, as many as meet the target exactly, and their gates' values go into the
     weights that read them.
 
-    Args:
+    Attributes:
         lr: of the gates.
         lr_multipliers: of l1 and l2.
         hold: "exact" or "lagrangian".

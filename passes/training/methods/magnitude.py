@@ -19,7 +19,7 @@ class Magnitude(Method):
 
     Han et al., "Learning both Weights and Connections" (2015); with a cubic ramp Zhu and Gupta (2017).
 
-    Args:
+    Attributes:
         p: any positive number.
     """
 

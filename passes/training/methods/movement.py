@@ -20,7 +20,7 @@ class Movement(Method):
     Sanh et al., "Movement Pruning" (2020), equation 3; blocks, and rows and columns with one score, as in Lagunas et
     al., "Block Pruning For Faster Transformers" (2021). Scores have an Adam of their own.
 
-    Args:
+    Attributes:
         lr: of the scores; it falls linearly to zero where the Pruner knows the run's steps.
         select: "top": as large a share stays as the schedule says. "threshold": what has sigmoid(S) above a threshold
             that rises with the schedule, so that `reg` decides how much goes.

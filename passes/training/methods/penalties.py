@@ -54,7 +54,7 @@ class GroupLasso(_Penalty):
     Wen et al., "Learning Structured Sparsity" (2016), equation 2; the factor is Yuan and Lin's (2006). Rows, columns,
     blocks or channels, as the pattern says; for single entries it is the L1 norm.
 
-    Args:
+    Attributes:
         reg: the strength.
         scaled: with the factor sqrt(entries).
     """
@@ -75,7 +75,7 @@ class Slimming(_Penalty):
 
     Liu et al. (2017), equation 1, by its subgradient.
 
-    Args:
+    Attributes:
         reg: the strength, 1e-5 to 1e-4 in the paper.
     """
 
@@ -121,7 +121,7 @@ class GrowingReg(_Penalty):
     magnitude before; GReg-2 (`select="end"`) lets the penalty of all units rise alike and chooses at the end, when
     curvature has told them apart.
 
-    Args:
+    Attributes:
         delta: by how much the penalty rises.
         every: steps between rises.
         ceiling: that it rises to.
@@ -165,7 +165,7 @@ class GroupSL(_Penalty):
     Fang et al., "DepGraph" (2023), equation 4: gradient += reg * gamma_k * w, gamma_k = 2^(alpha (Imax - I_k) /
     (Imax - Imin)), I_k the L2 norm of the unit over all coupled weights.
 
-    Args:
+    Attributes:
         reg: the strength.
         alpha: of the exponent.
     """

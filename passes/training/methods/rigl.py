@@ -22,7 +22,7 @@ class RigL(Method):
     updates a share of each layer's kept units changes, which falls to zero along a cosine until its end. What grows
     starts at zero.
 
-    Args:
+    Attributes:
         fraction: of the kept units that changes at first.
         distribution: "uniform", "erk" (Erdos-Renyi-kernel: the density of a layer is proportional to the sum of its
             dimensions over their product) or "magnitude" (what a global order by |w| leaves).

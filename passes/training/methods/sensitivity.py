@@ -50,7 +50,7 @@ class Snip(_Accumulated):
     Lee et al., "SNIP" (2019), equation 4. The gradient is that of the first `batches` steps, in which no weight moves;
     the first update of the schedule should come after them.
 
-    Args:
+    Attributes:
         batches: steps that are looked at; 0 for Neural Compressor's `snip`: weights move from the first step on, and
             an update looks at the sensitivity in the step before it.
     """
@@ -86,7 +86,7 @@ class SnipMomentum(_Accumulated):
     Its document writes 1.0 S + 0.9 |w g|, its code computes 0.9 S + 1.0 |w g|; the code's forgets, the document's never
     does.
 
-    Args:
+    Attributes:
         form: "code" or "document".
     """
 
@@ -104,7 +104,7 @@ class SnipMomentum(_Accumulated):
 class Gradient(_Accumulated):
     """The size of the gradient: S <- momentum S + |g|. Units that the loss no longer wants to move go.
 
-    Args:
+    Attributes:
         momentum: in [0, 1); with 0 it is Neural Compressor's `gradient`, that of the last step alone.
     """
 
