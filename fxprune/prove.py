@@ -20,13 +20,14 @@ from torch.func import functional_call
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Concat, Dim, Fixed, Product, concat, product
-from fxprune.capture import Captured, ModelState, Varying, eval_with
+from fxprune.capture import Captured, Varying
 from fxprune.costs import Costs
 from fxprune.errors import ProofError
 from fxprune.few_rows import FewRows, on_rows, sampled_operand
 from fxprune.groups import describe
 from fxprune.kept import Kept
 from fxprune.masked import EXACT, MASKED, PREPARED, zeroed
+from fxprune.model_state import ModelState, eval_with
 from fxprune.proof_inputs import Level, cases, first_row
 from fxprune.rewrite import Rewritten
 

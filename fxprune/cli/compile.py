@@ -33,13 +33,14 @@ from fxprune.cli.options import (
     parse_ratios,
     parse_target,
 )
+from fxprune.cli.places import check_places
 from fxprune.data import FORMS, read_data
-from fxprune.errors import BackendError, FxpruneError, InputError, RecipeError, SavedModelError
+from fxprune.errors import BackendError, FxpruneError, RecipeError, SavedModelError
 from fxprune.passes.choose import functions
 from fxprune.plan import Plan
 from fxprune.pruned import Pruned, rebatch
 from fxprune.recipe import Recipe, read_recipe
-from fxprune.saved import PLAN, RECIPE
+from fxprune.saved import RECIPE
 from fxprune.sources import describe_inputs, resolve
 
 
@@ -285,14 +286,7 @@ def _check_before(
             f"backend '{backend.name}' cannot be used here: {reason}. "
             "Pass --no-measure to compile for it without timing"
         )
-    if out.exists() and not (overwrite and (out / PLAN).is_file()):
-        saved = (out / PLAN).is_file()
-        what = "holds a saved model; pass --overwrite" if saved else "is not a model that fxprune saved; move it away"
-        raise SavedModelError(f"'{out}' exists and {what}, or choose another name")
-    if onnx is not None and onnx.suffix != ".onnx":
-        raise InputError(f"--onnx {onnx}: the name must end in .onnx")
-    if onnx is not None and onnx.exists() and not overwrite:
-        raise SavedModelError(f"'{onnx}' exists; pass --overwrite, or choose another name")
+    check_places(out, onnx, overwrite)
 
 
 def _again(model: str, out: Path, options: Mapping[str, Any], inputs: Sequence[str]) -> str:

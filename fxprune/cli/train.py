@@ -16,11 +16,11 @@ from rich.text import Text
 
 from fxprune.cli.console import Answer, Progress, command, table
 from fxprune.cli.options import Json, Threads
+from fxprune.cli.places import check_places
 from fxprune.doctor import first_sentence
-from fxprune.errors import FxpruneError, InputError, RecipeError, SavedModelError
+from fxprune.errors import FxpruneError, RecipeError
 from fxprune.passes import training
 from fxprune.passes.training.find import AXES, LAYER, RECIPES, known_patterns
-from fxprune.saved import PLAN
 from fxprune.training.optimizers import FALLS, OPTIMIZERS
 from fxprune.training.recipe import TrainRecipe, read_train_recipe
 from fxprune.training.run import train as train_model
@@ -74,7 +74,7 @@ def train(
         settings = settings.stretched(epochs)
     if settings.batch is None:
         settings = read_train_recipe(settings, batch=_ROWS)
-    _check_before(out, onnx, overwrite)
+    check_places(out, onnx, overwrite)
     kept = out.with_name(f"{out.name}.run")
     found = task(task_name, settings.seed)
     spinner = Progress()
@@ -129,18 +129,6 @@ def _calibration(found: Task, settings: TrainRecipe, samples: int) -> Any:
     if settings.stages[-1].quantize is None:
         return None
     return list(found.calibration(samples, settings.seed))
-
-
-def _check_before(out: Path, onnx: Path | None, overwrite: bool) -> None:
-    """Refuse at once what would otherwise fail after hours of work."""
-    if out.exists() and not (overwrite and (out / PLAN).is_file()):
-        saved = (out / PLAN).is_file()
-        what = "holds a saved model; pass --overwrite" if saved else "is not a model that fxprune saved; move it away"
-        raise SavedModelError(f"'{out}' exists and {what}, or choose another name")
-    if onnx is not None and onnx.suffix != ".onnx":
-        raise InputError(f"--onnx {onnx}: the name must end in .onnx")
-    if onnx is not None and onnx.exists() and not overwrite:
-        raise SavedModelError(f"'{onnx}' exists; pass --overwrite, or choose another name")
 
 
 def _again(recipe: Path, task_name: str, out: Path, options: dict[str, Any]) -> str:

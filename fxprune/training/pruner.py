@@ -26,6 +26,7 @@ from fxprune.recipe import read_recipe
 from fxprune.training import checkpoint as files
 from fxprune.training.distill import Distiller
 from fxprune.training.finish import finished, refuse_open
+from fxprune.training.finite import infinite, infinite_weight
 from fxprune.training.log import Log, Row
 from fxprune.training.masking import Masking
 from fxprune.training.steps import follow
@@ -141,7 +142,6 @@ class Pruner:
         self._masking = Masking(self._subject, self._prunings)
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self._log = Log(None if log is None else Path(log))
-        self._say = progress or (lambda text: None)
         self._begun: int | None = None
         self._hooks: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -526,9 +526,9 @@ class Pruner:
         """Save the state where there is a file for it and going on from it is of use; return a sentence about it."""
         if self._checkpoint is None or self._subject.weights.sharded():
             return ""
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter.detach()).all()):
-                return f"; '{_plainly(name)}' is so already, and {self._checkpoint} is as it was: go on from there"
+        name = infinite_weight(self.model)
+        if name is not None:
+            return f"; '{name}' is so already, and {self._checkpoint} is as it was: go on from there"
         return f"; the state before this step is in {self.save()}"
 
     def _live(self) -> None:
@@ -560,22 +560,12 @@ class Pruner:
         Raises:
             NonFiniteError: and the state is saved where there is a checkpoint file.
         """
-        found = [(_plainly(n), p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        bad = "the loss" if self._loss is not None and not torch.isfinite(torch.tensor(self._loss)) else None
-        if bad is None and found:
-            infinite = ~torch.isfinite(torch.stack(torch._foreach_norm([_local(g).detach() for _, g in found])))
-            if self._subject.weights.sharded():  # all processes stop where one does; else the others would wait for it
-                flags = infinite.to(torch.int32)
-                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-                infinite = flags.bool()
-            if bool(infinite.any()):
-                bad = f"the gradient of '{found[int(infinite.nonzero()[0])][0]}'"
-        if bad is None:
-            return
-        raise NonFiniteError(
-            f"step {self.step}: {bad} is NaN or infinite{self._left_behind()}. Under a GradScaler use `attach`, which "
-            "knows the steps that it skips; else lower the learning rate or clip gradients"
-        )
+        bad = infinite(self.model, self._loss, self._subject.weights.sharded())
+        if bad is not None:
+            raise NonFiniteError(
+                f"step {self.step}: {bad} is NaN or infinite{self._left_behind()}. Under a GradScaler use `attach`, "
+                "which knows the steps that it skips; else lower the learning rate or clip gradients"
+            )
 
     def _write(self) -> None:
         aimed = [one for one in self._prunings if not one.method.targetless] or self._prunings
@@ -588,14 +578,4 @@ class Pruner:
             loss=self._loss,
         )
         self._log.add(row)
-        self._say(row.line())
-
-
-def _plainly(name: str) -> str:
-    """The name of a parameter without its mask."""
-    return name.replace("parametrizations.", "").removesuffix(".original")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return getattr(tensor, "_local_tensor", tensor)
+        self._subject.say(row.line())

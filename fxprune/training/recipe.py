@@ -200,7 +200,8 @@ class TrainRecipe(BaseModel):
         optimizer: see `OptimizerKeys`.
         batch: rows of a batch, where fxprune makes the batches: of a `torch.utils.data.Dataset`, or of a task on the
             command line.
-        distillation: what the Pruner takes beside a teacher, {"alpha": 0.9, "temperature": 2}.
+        distillation: in every stage that trains, {"alpha": 0.9, "temperature": 2}: see
+            `fxprune.passes.training.distill.Distillation`. The teacher is the dense model, or the one given to `train`.
         backend, threads: that a target on the clock and the numbers in 8 bits are measured on.
         proof: "full" or "quick", as in a recipe of `fxprune.compile`.
         seed: of everything random.

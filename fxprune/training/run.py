@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,13 @@ from fxprune.copies import copied
 from fxprune.errors import InputError, NonFiniteError, RecipeError
 from fxprune.making import measured
 from fxprune.modes import evaluating
+from fxprune.passes.training.distill import distillation
 from fxprune.passes.training.stage import Stage, stages
 from fxprune.pruned import Pruned
 from fxprune.report import Pair, Step
 from fxprune.training.batches import Feed
 from fxprune.training.compose import composed
+from fxprune.training.distill import Distiller
 from fxprune.training.finish import filled
 from fxprune.training.optimizers import optimizer as optimizer_of
 from fxprune.training.optimizers import rate
@@ -66,7 +67,7 @@ def train(
         loss: (the model's output, a batch's labels) -> a scalar.
         metric: model -> number, higher is better: reported of the model as it was and of the result.
         calibration: batches, for a stage that quantizes.
-        teacher: for distillation.
+        teacher: for the recipe's `distillation`, in every stage that trains; by default a copy of the model.
         log: a folder for `training.csv`, and for each stage's `pruning.csv`; None for none.
         checkpoint: a folder that the run is kept in, at the end of every epoch and of every stage; None for none.
         every: steps after which it is kept, too.
@@ -170,6 +171,8 @@ class _Run:
         """Go through all stages."""
         self.check()
         self.now = copied(self.model)
+        if self.recipe.distillation is not None and self.teacher is None:
+            self.teacher = copied(self.model)
         first = self.restore() if resume else 0
         if not resume and self.metric is not None:
             self.dense_metric = self.score(self.now)
@@ -193,11 +196,7 @@ class _Run:
                 except RecipeError as error:
                     raise RecipeError(f"training recipe: stage {number}: {error}") from None
         if self.recipe.distillation is not None:
-            known = inspect.signature(Pruner).parameters
-            if "distillation" not in known or "teacher" not in known:
-                raise RecipeError("distillation: this version's Pruner does not distil; leave the key out")
-            if self.teacher is None:
-                raise RecipeError("distillation: pass the `teacher`, a model")
+            distillation(self.recipe.distillation)
         elif self.teacher is not None:
             raise RecipeError("there is a teacher, and the recipe has no `distillation`")
 
@@ -229,9 +228,6 @@ class _Run:
     def prune(self, number: int, steps: int, prunings: list[Stage]) -> None:
         """Train with masks, and make the model smaller."""
         first = self.result is None
-        more: dict[str, Any] = {}
-        if self.recipe.distillation is not None:
-            more = {"distillation": self.recipe.distillation, "teacher": self.teacher}
         self.now.train()
         log = None if self.log is None else self.log / f"stage-{number + 1}"
         if log is not None and self._state is None:
@@ -249,7 +245,6 @@ class _Run:
             seed=self.recipe.seed,
             log=log,
             progress=self.say,
-            **more,
         )
         self.fit(number, steps, self.now, pruner)
         self.say("finish")
@@ -359,7 +354,6 @@ class _Run:
         start = sum(self.lengths[:number])
         offset, whole = (0, steps) if stage.optimizer is not None else (start, sum(self.lengths))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: rate(keys, offset + k, whole))
-        device = parameters[0].device
         done, skip, random, self._seen = 0, 0, None, {}
         if self._state is not None:
             done, skip, random = self.load(module, optimizer, scheduler, pruner)
@@ -367,6 +361,35 @@ class _Run:
             pruner._optimizers = [optimizer]
             pruner.on_step_begin()
         module.train()
+        distiller = None
+        if self.recipe.distillation is not None:
+            assert self.teacher is not None
+            distiller = Distiller(module, self.teacher, **self.recipe.distillation)
+        try:
+            self.steps_of(number, steps, module, pruner, optimizer, scheduler, distiller, (done, skip, random))
+        finally:
+            if distiller is not None:
+                distiller.close()
+
+    def steps_of(
+        self,
+        number: int,
+        steps: int,
+        module: nn.Module,
+        pruner: Pruner | None,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        distiller: Distiller | None,
+        at: tuple[int, int, Tensor | None],
+    ) -> None:
+        """Take the steps of a stage.
+
+        Args:
+            at: steps done, batches of the epoch that were seen, and the random state then.
+        """
+        stage, start, device = self.recipe.stages[number], sum(self.lengths[:number]), next(module.parameters()).device
+        clip = self.recipe.optimizer_of(stage).clip
+        done, skip, random = at
         often = max(1, sum(self.lengths) // _ROWS)
         while done < steps:
             begun, seen = torch.get_rng_state(), 0
@@ -377,7 +400,7 @@ class _Run:
                 if random is not None:
                     torch.set_rng_state(random)
                     random = None
-                value = self.train_step(module, optimizer, keys.clip, pruner, item, device)
+                value = self.train_step(module, optimizer, clip, pruner, distiller, item, device)
                 self.step, done = start + done + 1, done + 1
                 rows = 0 if pruner is None else len(pruner.rows)
                 state = self.state(number, stage, value, optimizer.param_groups[0]["lr"], pruner)
@@ -409,6 +432,7 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         clip: float | None,
         pruner: Pruner | None,
+        distiller: Distiller | None,
         item: Any,
         device: torch.device,
     ) -> float:
@@ -417,6 +441,8 @@ class _Run:
         loss = self.loss(module(*given.args, **given.kwargs), given.labels)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(f"the loss gives {type(loss).__name__}, not a scalar tensor")
+        if distiller is not None:
+            loss = distiller.distill(loss)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         value = float(loss.detach())

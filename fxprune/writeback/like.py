@@ -14,10 +14,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.analyse import Analysis
-from fxprune.capture import ModelState, eval_with, record
+from fxprune.capture import record
 from fxprune.errors import FxpruneError, WriteBackError
 from fxprune.kept import Kept
 from fxprune.layers import constructor_arguments
+from fxprune.model_state import ModelState, eval_with
 from fxprune.proof_inputs import random_inputs
 from fxprune.prove import difference
 from fxprune.writeback.scale import restore_scales

@@ -28,8 +28,7 @@ class Method:
         through: masked weights get the gradient of what is computed with them (straight through).
         trains_masked: the optimizer sees that gradient; else it is masked before.
         soft: weights are multiplied with gates of real numbers while the model trains.
-        patterns: what may go as one: "any", "weights" (elements, n:m, blocks), "blocks" (elements, blocks), "axes"
-            (widths, heads, layers) or "n:m".
+        patterns: what may go as one: "any", "blocks" (elements, blocks), "axes" (widths, heads, layers) or "n:m".
         comparable: scores of different groups mean the same.
         targetless: what goes is said by something else than a target.
         zeroes: what is masked is zero when it comes back.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +136,6 @@ class Pruning:
         self.found.unfit[units.name] = why
         self.kept.pop(units.name, None)
 
-    def best(self, gone: float, last: bool) -> dict[str, Tensor]:
-        """Return which units stay by their scores when a share is to go."""
-        return self._chosen(gone, last)
-
     def set_gates(self, values: Mapping[str, Tensor]) -> None:
         """Say what units are multiplied with while the model trains, by the name of the units."""
         product: dict[str, Tensor] = {}
@@ -215,7 +211,6 @@ class Pruning:
             axis = isinstance(u, AxisUnits | LayerUnits)
             fits = {
                 "any": True,
-                "weights": not axis,
                 "blocks": not axis and not isinstance(u, CountedUnits),
                 "axes": axis,
                 "n:m": isinstance(u, CountedUnits),
@@ -227,11 +222,11 @@ class Pruning:
         """Refuse a sparsity that bounds do not allow."""
         for kind, units in self._kinds().items():
             sizes, counts = {u.name: u.size for u in units}, {u.name: u.counts for u in units}
-            bounds = self._bounds(units)
+            bounds = self._bounds
             if self.stage.scope == "local":
                 high = min(bounds.most, min((u.size - _least(u)) / u.size for u in units))
             else:
-                high = cut.reachable(sizes, counts, bounds, self._floors(units))[1]
+                high = cut.reachable(sizes, counts, bounds, {u.name: _least(u) for u in units})[1]
             if self.target > high + 1e-9:
                 raise TargetError(
                     f"a sparsity of {self.target:.4g} of '{kind}' cannot be reached: with at most {bounds.most:.4g} of "
@@ -276,11 +271,9 @@ class Pruning:
             kinds.setdefault(u.kind, []).append(u)
         return kinds
 
-    def _bounds(self, units: Sequence[Units]) -> cut.Bounds:
+    @property
+    def _bounds(self) -> cut.Bounds:
         return cut.Bounds(self.stage.min_sparsity, self.stage.max_sparsity)
-
-    def _floors(self, units: Sequence[Units]) -> dict[str, int]:
-        return {u.name: _least(u) for u in units}
 
     # ------------------------------------------------------------------ updates
     def scores(self) -> dict[str, Tensor]:
@@ -312,7 +305,7 @@ class Pruning:
         last = step >= self.schedule.end or (self.schedule.ramp == "oneshot" and not self.schedule.alternates)
         chosen = self.method.keep(self, self.gone)
         if chosen is None:
-            chosen = self._chosen(self.gone, last)
+            chosen = self.best(self.gone, last)
         self.kept = synchronised(chosen)
         self.done = last
         if last:
@@ -320,7 +313,12 @@ class Pruning:
         self._start_fading(before)
         return True
 
-    def _chosen(self, gone: float, last: bool) -> dict[str, Tensor]:
+    def best(self, gone: float, last: bool) -> dict[str, Tensor]:
+        """Return which units stay by their scores when a share is to go.
+
+        Args:
+            last: a target on the clock is met by measuring the whole model; else tables or MACs have to do.
+        """
         if gone <= 0:
             return {u.name: torch.ones(u.size, dtype=torch.bool) for u in self.units}
         scores = self.scores()
@@ -332,7 +330,9 @@ class Pruning:
             counted = {u.name: u.best(scores[u.name], gone) for u in units if isinstance(u, CountedUnits)}
             counts = {u.name: u.counts for u in units}
             own = {u.name: scores[u.name] for u in units}
-            result |= counted or cut.keep(own, counts, gone, self.stage.scope, self._bounds(units), self._floors(units))
+            result |= counted or cut.keep(
+                own, counts, gone, self.stage.scope, self._bounds, {u.name: _least(u) for u in units}
+            )
         return result
 
     def _affordable(self, scores: Mapping[str, Tensor], kind: str, share: float, last: bool) -> dict[str, Tensor]:
@@ -376,7 +376,8 @@ class Pruning:
     # ------------------------------------------------------------------ masks
     def masks(self) -> dict[str, Tensor]:
         """Return the masks of all weights of this stage: bool, of their shapes."""
-        return _product(u.expand(self.kept[u.name]) for u in self.units) if not self.partial else self._faded()
+        masks = _product(u.expand(self.kept[u.name]) for u in self.units)
+        return {n: m | self.partial[n] if n in self.partial else m for n, m in masks.items()}
 
     def _start_fading(self, before: Mapping[str, Tensor]) -> None:
         """What an update removes may go entry by entry: Neural Compressor's progressive pruning."""
@@ -408,10 +409,6 @@ class Pruning:
             stay[fading] = inside
             self.partial[name] = stay
         return True
-
-    def _faded(self) -> dict[str, Tensor]:
-        masks = _product(u.expand(self.kept[u.name]) for u in self.units)
-        return {n: m | self.partial[n] if n in self.partial else m for n, m in masks.items()}
 
     def selection(self) -> Kept:
         """Return what stays of axes, and the branches that are left out."""

@@ -79,7 +79,6 @@ class WeightUnits(Units):
         self._blocks = high // self.rows, wide // self.columns
         self.size = self._blocks[0] * self._blocks[1]
         self.entries = self.counts = float(self.rows * self.columns)
-        self._contraction = contraction
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (rows, columns), channels of a position side by side."""

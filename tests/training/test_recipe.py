@@ -486,3 +486,33 @@ def test_the_examples_of_other_tools_run(name: str) -> None:
     assert gone > 0.35, (name, gone)
     assert target.get("method", "magnitude") in METHODS
     assert TrainRecipe.model_validate(read_train_recipe({"epochs": 1, "stages": stages[:1]}).model_dump()).stages
+
+
+STAGES_WITH_A_TEACHER = [{"prune": {"pattern": "channel", "target": 0.5}, "steps": 8}, {"tune": {}, "steps": 6}]
+
+
+def test_with_a_teacher_alone_labels_do_not_matter_in_any_stage() -> None:
+    other = [(x, (y + 1) % 4) for x, y in DATA]
+    keys = {"distillation": {"alpha": 1.0}}
+    taught = [run(STAGES_WITH_A_TEACHER, keys=keys, batches=batches).module.state_dict() for batches in (DATA, other)]
+    plain = run(STAGES_WITH_A_TEACHER, batches=other).module.state_dict()
+    assert all(torch.equal(value, taught[1][name]) for name, value in taught[0].items())
+    assert any(
+        value.shape != plain[name].shape or not torch.equal(value, plain[name]) for name, value in taught[0].items()
+    )
+
+
+def test_another_teacher_teaches_something_else() -> None:
+    keys = {"distillation": {"alpha": 1.0}}
+    torch.manual_seed(5)
+    teacher = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    own, others = (run(STAGES_WITH_A_TEACHER, keys=keys, teacher=t).module for t in (None, teacher))
+    distances = [
+        float((module.eval()(X).softmax(1) - teacher(X).softmax(1)).detach().abs().mean()) for module in (own, others)
+    ]
+    assert distances[1] < distances[0]
+
+
+def test_a_key_of_distillation_that_is_unknown_is_refused_before_training() -> None:
+    with pytest.raises(RecipeError, match="temprature"):
+        run(STAGES_WITH_A_TEACHER, keys={"distillation": {"temprature": 2}})
