@@ -2,7 +2,8 @@
 
 MiniLM is fine-tuned to name the module that a docstring is from. A third of the docstrings is held out, three times
 what the task `minilm_modules` holds out, since differences of tenths of a point are looked for. Both ways train with
-the same distillation (0.1 cross entropy, 0.9 KL to the dense model at temperature 2), the same batch and rate.
+the same distillation (0.1 cross entropy, 0.9 KL to the dense model at temperature 2), the same batch and rate, in
+bfloat16 (autocast).
 
 - ladder: `fxprune.ladder`, some epochs on each rung; one run gives all three models
 - movement, struct: heads and inner widths have scores that move; the last update of the schedule meets the speed-up by
@@ -46,11 +47,34 @@ _RUNGS = Path(tempfile.gettempdir())
 _SAMPLES = 512
 
 
+class Remembered(nn.Module):
+    """A teacher that is asked once for each docstring: what it says does not depend on the rest of the batch.
+
+    Half of a step of a small model would be the large one's.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Map token numbers and their mask, both int64 of shape (N, tokens), to logits (N, classes)."""
+        said = [tuple(row[there].tolist()) for row, there in zip(tokens, mask.bool(), strict=True)]
+        new = [row for row, key in enumerate(said) if key not in self.known]
+        if new:
+            answers = self.teacher(tokens[new], mask[new])
+            self.known |= {said[row]: answer for row, answer in zip(new, answers, strict=True)}
+        return torch.stack([self.known[key] for key in said])
+
+
 def objective(model: nn.Module, teacher: nn.Module, inputs: Inputs, labels: Tensor, temperature: float = 2.0) -> Tensor:
     """Return 0.1 cross entropy + 0.9 KL to the teacher: Lagunas et al., "Block Pruning For Faster Transformers"."""
-    logits = model(*inputs)
-    with torch.no_grad():
-        known = (teacher(*inputs) / temperature).log_softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(*inputs)
+    logits = logits.float()
+    known = (teacher(*inputs) / temperature).log_softmax(-1)
     soft = nn.functional.kl_div((logits / temperature).log_softmax(-1), known, log_target=True, reduction="batchmean")
     return 0.1 * nn.functional.cross_entropy(logits, labels) + 0.9 * temperature**2 * soft
 
@@ -81,13 +105,19 @@ def fit(
 
 
 def run_ladder(
-    settings: modules.Settings, seed: int, epochs: int, lr: float, folder: Path, say: Callable[[str], None]
+    settings: modules.Settings,
+    teacher: nn.Module,
+    seed: int,
+    epochs: int,
+    lr: float,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> dict[float, dict[str, Any]]:
     """Return the figures of all rungs of one run."""
     task = modules.task(settings)
     each = modules.steps_each(settings)
 
-    def tune(module: nn.Module, teacher: nn.Module, rung: int) -> None:
+    def tune(module: nn.Module, _dense: nn.Module, rung: int) -> None:
         fit(module, teacher, modules.epochs(settings, epochs, 100 * seed + rung), epochs * each, lr, say)
 
     family = fxprune.ladder(
@@ -107,11 +137,18 @@ def run_ladder(
 
 
 def run_movement(
-    settings: modules.Settings, speedup: float, seed: int, epochs: int, more: int, lr: float, say: Callable[[str], None]
+    settings: modules.Settings,
+    teacher: nn.Module,
+    speedup: float,
+    seed: int,
+    epochs: int,
+    more: int,
+    lr: float,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return the figures of one model that was pruned by movement."""
     task = modules.task(settings)
-    model, teacher = task.model(), task.model()
+    model = task.model()
     steps = epochs * modules.steps_each(settings)
     stage = {
         "method": {"name": "movement", "lr": 1e-2},
@@ -207,6 +244,7 @@ def main(
     about |= {"machine": machine.describe(), "threads": threads}
     task = modules.task(settings)
     about.setdefault("dense", task.score(task.model()))
+    teacher = Remembered(task.model())
     rows = about.setdefault("rows", {})
 
     def keep(label: str, speed: float, seed: int, row: dict[str, Any]) -> None:
@@ -221,16 +259,16 @@ def main(
     for seed in range(seeds):
         if any(missing(LADDER, speed, seed) for speed in SPEEDUPS):
             folder = rungs / f"fxprune-ladder-{rung}-{lr:g}-{seed}"
-            for speed, row in run_ladder(settings, seed, rung, lr, folder, say).items():
+            for speed, row in run_ladder(settings, teacher, seed, rung, lr, folder, say).items():
                 keep(LADDER, speed, seed, row)
         for speed in SPEEDUPS:
             if missing(MOVEMENT, speed, seed):
-                keep(MOVEMENT, speed, seed, run_movement(settings, speed, seed, epochs, more, lr, say))
+                keep(MOVEMENT, speed, seed, run_movement(settings, teacher, speed, seed, epochs, more, lr, say))
         if missing(DENSE, 1.0, seed):
             model = task.model()
             number = 3 * rung
             left = number * modules.steps_each(settings)
-            fit(model, task.model(), modules.epochs(settings, number, 100 * seed), left, lr, say)
+            fit(model, teacher, modules.epochs(settings, number, 100 * seed), left, lr, say)
             keep(DENSE, 1.0, seed, {"accuracy": task.score(model), "speedup": 1.0})
     console.print(table(about))
     console.print(machine.stamp(), style="dim", highlight=False)
