@@ -1,4 +1,4 @@
-"""The generated parts of README.md: from the documents that `bench` writes to lines of Markdown.
+"""The generated parts of README.md and of docs/: from the documents that `bench` writes to lines of Markdown.
 
 Nothing here measures, and nothing here knows a number.
 """
@@ -7,26 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-Documents = dict[str, dict[str, Any]]
-"""The contents of the result files that are there, by their names."""
-
-
-class Missing(LookupError):
-    """What a part would show has not been measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A generated part: the files it is made of, the command that writes them, and how it is made."""
-
-    files: tuple[str, ...]
-    command: str
-    render: Callable[[Documents], list[str]]
-
+from bench import training_tables
+from bench.tables import Documents, Missing, Part, plural, required, table
 
 #: What the tasks are called.
 TASKS = {
@@ -43,25 +28,6 @@ TOOLS = {
     "onnxsim's best": "onnxsim",
     "`torch.nn.utils.prune`": "torch masks",
 }
-
-
-def _document(documents: Documents, name: str) -> dict[str, Any]:
-    if name not in documents:
-        raise Missing(f"`bench/results/{name}` is not there")
-    return documents[name]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return a Markdown table.
-
-    >>> _table(["a", "b"], [["1", "2"]])
-    ['| a | b |', '|---|---|', '| 1 | 2 |']
-    """
-    return [f"| {' | '.join(row)} |" if row else "|" + "---|" * len(head) for row in [head, [], *rows]]
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 # ---------------------------------------------------------------------- accuracy at measured speed
@@ -94,7 +60,7 @@ def accuracy(speed: str) -> Callable[[Documents], list[str]]:
     """Return what shows the scores at a speed-up."""
 
     def render(documents: Documents) -> list[str]:
-        document = _document(documents, "accuracy.json")
+        document = required(documents, "accuracy.json")
         tasks = {n: r for n, r in document["tasks"].items() if "fxprune" in r["speedups"].get(speed, {})}
         if not tasks:
             raise Missing(f"No model was measured at {speed} x")
@@ -112,8 +78,8 @@ def accuracy(speed: str) -> Callable[[Documents], list[str]]:
         head = ["task", "dense", "fxprune", "at"]
         for tool in tools:
             head += [tool, "at"]
-        title = f"At {speed} x, {document['backend']}, {_plural(document['threads'], 'thread')}:"
-        return [title, "", *_table(head, rows)]
+        title = f"At {speed} x, {document['backend']}, {plural(document['threads'], 'thread')}:"
+        return [title, "", *table(head, rows)]
 
     return render
 
@@ -133,7 +99,7 @@ def efficiency(documents: Documents) -> list[str]:
         rows.append(_saving(f"{name}, asked for {rounding['share']:g} of the MACs", share, faster))
     if not rows:
         raise Missing("Neither `bench/results/accuracy.json` nor `bench/results/rounding.json` is there")
-    return _table(["model", "MACs left", "times fewer", "times as fast", "efficiency"], rows)
+    return table(["model", "MACs left", "times fewer", "times as fast", "efficiency"], rows)
 
 
 def _saving(name: str, share: float, faster: float) -> list[str]:
@@ -143,7 +109,7 @@ def _saving(name: str, share: float, faster: float) -> list[str]:
 # ---------------------------------------------------------------------- pruning itself
 def compile_time(documents: Documents) -> list[str]:
     """Return the seconds and the memory of pruning, beside Torch-Pruning's."""
-    document = _document(documents, "compile_time.json")
+    document = required(documents, "compile_time.json")
     rows = []
     counts = set()
     for name, model in document["models"].items():
@@ -166,7 +132,7 @@ def compile_time(documents: Documents) -> list[str]:
     )
     title += "one process; extra memory at the peak in units of the weights' size:"
     head = ["model", "analysis alone", "fxprune, all of `compile`", "Torch-Pruning", "ratio", "extra memory"]
-    return [title, "", *_table([*head, "Torch-Pruning's"], rows)]
+    return [title, "", *table([*head, "Torch-Pruning's"], rows)]
 
 
 def _median(row: dict[str, Any], stage: str) -> float | None:
@@ -185,7 +151,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def coverage(documents: Documents) -> list[str]:
     """Return how many models of the zoo come out smaller, proved, and in their class."""
-    document = _document(documents, "coverage.json")
+    document = required(documents, "coverage.json")
     said, rows = document["summary"], document["rows"]
     shelves = Counter(key.partition("/")[0] for key in rows)
     peers = [row["torch_pruning"] for row in rows.values() if "torch_pruning" in row]
@@ -193,7 +159,7 @@ def coverage(documents: Documents) -> list[str]:
     smaller = sum(row["fxprune"].get("params", 1) < 1 for row in rows.values() if "fxprune" in row)
     title = f"{said['models']} architectures ({', '.join(f'{n} of {shelf}' for shelf, n in shelves.items())}) to half "
     title += f"their MACs; Torch-Pruning ran into its time limit on {late} of those that it did not prune:"
-    table = [
+    lines = [
         ["smaller, running and proved equal to the masked model", str(said["proved"]), "none is checked"],
         ["smaller and running", str(smaller), str(said["peer"][0])],
         [
@@ -205,16 +171,16 @@ def coverage(documents: Documents) -> list[str]:
     if said["ratio"]:
         many = f"over the {said['ratio'][1]} above 5 M parameters that both prune"
         ratio = f"{said['ratio'][0]:.2f} ({said['largest_ratio'][0]:.2f})"
-        table.append([f"seconds for a model, proof left out, median ratio (largest) {many}", ratio, "1"])
-    return [title, "", *_table(["", "fxprune", "Torch-Pruning"], table)]
+        lines.append([f"seconds for a model, proof left out, median ratio (largest) {many}", ratio, "1"])
+    return [title, "", *table(["", "fxprune", "Torch-Pruning"], lines)]
 
 
 # ---------------------------------------------------------------------- what comes out
 def rounding(documents: Documents) -> list[str]:
     """Return what rounding widths does to the speed."""
-    document = _document(documents, "rounding.json")
+    document = required(documents, "rounding.json")
     title = f"At {document['share']:g} of the MACs, onnxruntime, float32, batch {document['batch']}, "
-    title += f"{_plural(document['threads'], 'thread')}, dense and all of a model's pruned ones in turns in one run:"
+    title += f"{plural(document['threads'], 'thread')}, dense and all of a model's pruned ones in turns in one run:"
     rows = []
     for name, model in document["models"].items():
         for multiple, figures in model["roundings"].items():
@@ -223,12 +189,12 @@ def rounding(documents: Documents) -> list[str]:
             between = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
             efficient = f"{ratio['median'] * figures['macs']:.2f}"
             rows.append([name, shown, f"{ratio['median']:.2f} x", between, efficient])
-    return [title, "", *_table(["model", "round_to", "measured speed-up", "95 % interval", "efficiency"], rows)]
+    return [title, "", *table(["model", "round_to", "measured speed-up", "95 % interval", "efficiency"], rows)]
 
 
 def patterns(documents: Documents) -> list[str]:
     """Return what is left of the scores in 2:4, and what orders of channels win."""
-    document = _document(documents, "patterns.json")
+    document = required(documents, "patterns.json")
     scores = {name: found for name, found in document.get("scores", {}).items() if found.get("dense")}
     if not scores:
         raise Missing("No score was measured in `bench/results/patterns.json`")
@@ -244,7 +210,7 @@ def patterns(documents: Documents) -> list[str]:
                 failed[label] = row["failed"]
             cells.append(_score(measure, row["measures"][measure]) if "measures" in row else "fails" if row else "-")
         rows.append([label, *cells])
-    lines = [f"What is left in {document['pattern']}, without training:", "", *_table(head, rows)]
+    lines = [f"What is left in {document['pattern']}, without training:", "", *table(head, rows)]
     lines += ["", "SparseGPT is the published algorithm, which llm-compressor's SparseGPTModifier runs, too."]
     for label, reason in failed.items():
         lines += ["", f"{label}: {reason}"]
@@ -259,7 +225,7 @@ def patterns(documents: Documents) -> list[str]:
 
 def memory(documents: Documents) -> list[str]:
     """Return the memory of pruning, storing and running."""
-    document = _document(documents, "memory.json")
+    document = required(documents, "memory.json")
     rows = []
     for name, model in document["models"].items():
         row = [name]
@@ -274,7 +240,7 @@ def memory(documents: Documents) -> list[str]:
     title = f"At {document['share']:g} of the MACs, each number in fresh processes (medians of {document['repeats']}); "
     title += f"pruning in units of the weights, the rest in MiB, dense / pruned, running at batch {document['batch']}:"
     head = ["model", "pruning, fxprune", "pruning, Torch-Pruning", "weights", "ONNX file", "running in onnxruntime"]
-    return [title, "", *_table(head, rows)]
+    return [title, "", *table(head, rows)]
 
 
 def _mebibytes(number: float | None) -> str:
@@ -288,7 +254,7 @@ def stamp(documents: Documents) -> list[str]:
     for name, document in sorted(documents.items()):
         about = document["machine"]
         threads = document.get("threads", about["threads"])
-        size = f"{_plural(about['cores'], 'core')}, {_plural(threads, 'thread')}"
+        size = f"{plural(about['cores'], 'core')}, {plural(threads, 'thread')}"
         known = [f"{k} {v}" for k, v in about.items() if k not in _MACHINE and v != "not installed"]
         line = f"{about['processor']}, {size}; {', '.join(known)}; {about['date']}"
         alike.setdefault(line, []).append(name.removesuffix(".json"))
@@ -298,7 +264,7 @@ def stamp(documents: Documents) -> list[str]:
 
 
 _MACHINE = ("processor", "cores", "threads", "date")
-_FILES = ("accuracy", "compile_time", "coverage", "memory", "patterns", "rounding")
+_FILES = ("accuracy", "compile_time", "coverage", "ladder", "mask_cost", "memory", "patterns", "rounding")
 
 #: Every generated part by the name in its markers.
 PARTS: dict[str, Part] = {
@@ -311,5 +277,14 @@ PARTS: dict[str, Part] = {
     "rounding": Part(("rounding.json",), "python -m bench latency", rounding),
     "patterns": Part(("patterns.json",), "python -m bench patterns", patterns),
     "memory": Part(("memory.json",), "python -m bench memory", memory),
+    "ladder": Part(("ladder.json",), "python -m bench.ladder --resume", training_tables.ladder),
+    "mask_cost": Part(("mask_cost.json",), "python -m bench.mask_cost", training_tables.mask_cost),
+    **{
+        f"methods-{model}": Part(
+            ("methods.json",), "python -m bench.methods --resume", training_tables.methods(model), training_tables.PAGE
+        )
+        for model in ("digits_resnet", "digits_vit")
+    },
+    "methods-stamp": Part(("methods.json",), "python -m bench.methods --resume", stamp, training_tables.PAGE),
     "stamp": Part(tuple(f"{name}.json" for name in _FILES), "python -m bench", stamp),
 }

@@ -1,4 +1,4 @@
-"""README.md says what the results say, and the check fails where it does not."""
+"""README.md and the pages of docs/ say what the results say, and the check fails where it does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from bench import readme, readme_tables
+from bench import readme, readme_tables, tables, training_tables
 from bench.suites import RESULTS
 
 
@@ -29,10 +29,13 @@ def command() -> Any:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> tuple[Path, Path]:
-    """Return a copy of the README and of the results."""
+    """Return a copy of the README, with the other pages where they stand beside it, and of the results."""
     results = tmp_path / "results"
     shutil.copytree(RESULTS, results)
-    return Path(shutil.copy(readme.README, tmp_path)), results
+    for page in readme.PAGES:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(readme.ROOT / page, tmp_path / page)
+    return tmp_path / "README.md", results
 
 
 def test_the_readme_equals_the_results(command: Any) -> None:
@@ -42,7 +45,7 @@ def test_the_readme_equals_the_results(command: Any) -> None:
 
 def test_a_number_changed_by_hand_is_found_and_mended(command: Any, copy: tuple[Path, Path]) -> None:
     file, results = copy
-    arguments = ["--readme", file, "--results", results]
+    arguments = ["--root", file.parent, "--results", results]
     text = file.read_text()
     cell = re.search(r"\| ([0-9.]+) x \|", text)
     assert cell is not None
@@ -70,14 +73,14 @@ def test_a_figure_measured_anew_is_found(name: str, command: Any, copy: tuple[Pa
     else:
         next(iter(data["models"].values()))["timing"]["runners"]["1"]["ratio"]["median"] = 7.77
     path.write_text(json.dumps(data))
-    said = command("--check", "--readme", file, "--results", results)
+    said = command("--check", "--root", file.parent, "--results", results)
     assert said.exit_code == 1, said.output
 
 
 def test_a_missing_file_is_a_line_with_its_command_and_no_number(command: Any, copy: tuple[Path, Path]) -> None:
     file, results = copy
     (results / "rounding.json").unlink()
-    assert command("--readme", file, "--results", results).exit_code == 0
+    assert command("--root", file.parent, "--results", results).exit_code == 0
     part = re.search(r"<!-- bench:rounding -->\n(.*?)<!-- /bench:rounding -->", file.read_text(), re.S)
     assert part is not None
     assert part[1] == "*`bench/results/rounding.json` is not there: `python -m bench latency` measures it.*\n"
@@ -95,9 +98,14 @@ def test_markers_that_are_not_right_are_named(edit: str, command: Any, copy: tup
     }
     file.write_text(text.replace(mark, new[edit]))
     before = file.read_text()
-    said = command("--readme", file, "--results", results)
+    said = command("--root", file.parent, "--results", results)
     assert said.exit_code == 2 and "rounding" in said.output
     assert file.read_text() == before
+
+
+def _run(before: float) -> dict[str, float]:
+    found = {"share": 0.6, "target": 0.6, "params": 0.4, "macs": 0.3, "proof": 2e-15}
+    return found | {"before": before, "after": before + 0.2}
 
 
 def test_every_part_renders_what_failed_without_a_number() -> None:
@@ -147,6 +155,29 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
                 }
             },
         },
+        "ladder.json": {
+            "dense": 0.9,
+            "tested": 1600,
+            "allowed": {"2": 0.8},
+            "rows": {
+                "ladder": {"2": {str(n): {"accuracy": 0.7 + 0.2 * n, "speedup": 1.9 + 0.2 * n} for n in range(2)}},
+                "dense, trained on": {"1": {"0": {"accuracy": 0.92, "speedup": 1.0}}},
+            },
+        },
+        "methods.json": {
+            "epochs": 6,
+            "until": 0.6,
+            "models": {
+                "m": {
+                    "dense": 1.0,
+                    "rows": {
+                        "A / widths": {str(n): _run(0.5 + 0.2 * n) for n in range(2)},
+                        "B / 2:4": {"0": {"failed": "too few"}},
+                    },
+                }
+            },
+        },
+        "mask_cost.json": {"rounds": 3, "rows": {"A": {"ratio": [1.07, 1.0, 1.1], "after": [0.88, 0.8, 0.9]}}},
     }
     assert readme_tables.accuracy("2")(documents)[-3:] == [
         "| task | dense | fxprune | at | Torch-Pruning's best | at | onnxsim's best | at "
@@ -158,9 +189,18 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
     assert "| B | fails |" in readme_tables.patterns(documents)
     assert "B: not installed" in readme_tables.patterns(documents)
     assert readme_tables.memory(documents)[-1] == "| m | 2.00 | fails | 2.0 / 2.0 | 3.0 / 3.0 | 1.0 / fails |"
-    assert readme_tables.stamp(documents) == [
+    assert training_tables.ladder(documents)[-2:] == [
+        "| ladder | 2 x | 2.00 x | 80.00 ± 14.14 | +10.00 | 0.8 |",
+        "| dense, trained on |  |  | 92.00 | -2.00 |  |",
+    ]
+    assert training_tables.methods("m")(documents)[-2:] == [
+        "| A | widths | 0.6000 | 0.6000 | 0.600 ± 0.141 | 0.800 ± 0.141 | 0.40 | 0.30 | 2e-15 |",
+        "| B | 2:4 |  | too few |  |  |  |  |  |",
+    ]
+    assert training_tables.mask_cost(documents)[-1] == "| A | 1.07 | 0.88 |"
+    assert readme_tables.stamp({n: documents[n] for n in ("accuracy.json", "patterns.json", "memory.json")}) == [
         "- accuracy: P, 2 cores, 1 thread; torch 1; 2020-01-01",
         "- memory, patterns: P, 2 cores, 2 threads; torch 1; 2020-01-01",
     ]
-    with pytest.raises(readme_tables.Missing, match="No model was measured at 3 x"):
+    with pytest.raises(tables.Missing, match="No model was measured at 3 x"):
         readme_tables.accuracy("3")(documents)

@@ -1,0 +1,88 @@
+"""The generated parts about pruning while training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.tables import Documents, Missing, plural, required, table
+
+#: The page of the long tables.
+PAGE = "docs/measured-training.md"
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean, and the standard deviation of more than one.
+
+    >>> _spread([0.5]), _spread([0.5, 0.7])
+    ('0.500', '0.600 ± 0.141')
+    """
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def ladder(documents: Documents) -> list[str]:
+    """Return what the ladder and block movement lose at the speed-ups of nn_pruning's line."""
+    document = required(documents, "ladder.json")
+    dense, rows, seeds = document["dense"], [], set()
+    for label, by_speed in document["rows"].items():
+        for speed, runs in by_speed.items():
+            seeds.add(len(runs))
+            accuracy = [100 * run["accuracy"] for run in runs.values()]
+            at = statistics.mean(run["speedup"] for run in runs.values())
+            allowed = document["allowed"].get(speed)
+            rows.append(
+                [
+                    label,
+                    f"{speed} x" if float(speed) > 1 else "",
+                    f"{at:.2f} x" if float(speed) > 1 else "",
+                    _spread(accuracy, 2),
+                    f"{100 * dense - statistics.mean(accuracy):+.2f}",
+                    "" if allowed is None else f"{allowed:.1f}",
+                ]
+            )
+    if not rows:
+        raise Missing("No run is in `bench/results/ladder.json`")
+    title = f"Dense {100 * dense:.2f} %, {document['tested']:,} held-out docstrings; means of "
+    title += f"{' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds and their standard deviation:"
+    head = ["", "asked for", "measured", "accuracy, %", "points lost", "nn_pruning's line loses"]
+    return [title, "", *table(head, rows)]
+
+
+def mask_cost(documents: Documents) -> list[str]:
+    """Return what a step costs with masks, and after `finish`."""
+    document = required(documents, "mask_cost.json")
+    rows = [[label, *(f"{row[when][0]:.2f}" for when in ("ratio", "after"))] for label, row in document["rows"].items()]
+    title = f"A training step of MiniLM over the dense one's, medians of {document['rounds']} rounds in turns:"
+    return [title, "", *table(["", "with masks", "after `finish`"], rows)]
+
+
+def methods(model: str) -> Callable[[Documents], list[str]]:
+    """Return what shows every method on a model."""
+
+    def render(documents: Documents) -> list[str]:
+        document = required(documents, "methods.json")
+        found = document["models"].get(model)
+        if not found or not found["rows"]:
+            raise Missing(f"No method was measured on {model}")
+        counts = {len(runs) for runs in found["rows"].values()}
+        title = f"Dense {found['dense']:.4f}; {plural(max(counts), 'seed')}, {document['epochs']} epochs, of which the "
+        title += f"schedule takes {document['until']:.0%}:"
+        rows = [_method(key, list(runs.values())) for key, runs in found["rows"].items()]
+        head = ["method", "pattern", "target", "gone", "before tuning", "after", "parameters", "MACs", "proof"]
+        return [title, "", *table(head, rows)]
+
+    return render
+
+
+def _method(key: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Return the row of a method on a pattern; what failed with its reason."""
+    label, family = key.rsplit(" / ", 1)
+    right = [run for run in runs if "failed" not in run]
+    if not right:
+        return [label, family, "", runs[0]["failed"], *[""] * 5]
+    parts = [label, family, *(f"{statistics.mean(run[what] for run in right):.4f}" for what in ("target", "share"))]
+    parts += [_spread([run[when] for run in right]) for when in ("before", "after")]
+    parts += [f"{statistics.mean(run[what] for run in right):.2f}" for what in ("params", "macs")]
+    return [*parts, f"{max(run['proof'] for run in right):.0e}"]
