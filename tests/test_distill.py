@@ -189,6 +189,33 @@ def test_other_widths_are_refused_or_mapped() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_maps_go_on_where_they_were() -> None:
+    tokens = data()[0]
+    options: dict[str, Any] = {"outputs": "none", "hidden": "blocks", "maps": True, "maps_lr": 0.05}
+
+    def steps(distiller: Distiller, student: nn.Module, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            student(tokens)
+            loss = distiller.distill(torch.zeros(()))
+            loss.backward()
+            losses.append(float(loss.detach()))
+        return losses
+
+    torch.manual_seed(0)
+    student, teacher = Net(width=8), Net(width=16)
+    with Distiller(student, teacher, **options) as distiller:
+        whole = steps(distiller, student, 7)
+    with Distiller(student, teacher, **options) as distiller:
+        begun = steps(distiller, student, 4)
+        state = distiller.state_dict()
+    with Distiller(student, teacher, **options) as distiller:
+        distiller.load_state_dict(state)
+        assert begun + steps(distiller, student, 3) == whole
+    with Distiller(student, teacher, outputs="logits") as distiller, pytest.raises(InputError, match=r"layers\.0"):
+        distiller.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("output", "names"),
     [

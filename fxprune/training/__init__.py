@@ -6,7 +6,8 @@
 - `distill`    a dense or larger model as a teacher; `taps` reads hidden states
 - `finish`     from masks to a plan, and through rewriting and proof to a `Pruned`
 - `ladder`     a family of ever faster models from one run
-- `recipe`     several stages in YAML; `run` trains by one: `task`, `batches`, `optimizers`, `compose`, `show`
+- `recipe`     several stages in YAML; `run` goes through them, `fit` takes the steps of one:
+               `task`, `batches`, `optimizers`, `compose`, `show`
 - `checkpoint` files of a run that goes on later; `run_folder` those of a recipe's run
 - `log`        what is written down at each update: for the terminal, as CSV, for TensorBoard
 - `callbacks/` for transformers' Trainer and Lightning

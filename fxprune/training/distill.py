@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, MutableMapping
@@ -57,7 +58,7 @@ class Distiller:
         self.pairs = self._paired()
         self.last: dict[str, Tensor] = {}
         self.used = False
-        self._maps: dict[tuple[str, int], nn.Linear] = {}
+        self._maps: dict[tuple[str, int], nn.Parameter] = {}
         self._adam: torch.optim.Adam | None = None
         self._inside = False
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -105,6 +106,31 @@ class Distiller:
                 "for each forward pass, behind it"
             )
         return self._blended(loss, mask, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been learnt beside the student: the maps between widths, and their optimizer's state.
+
+        The maps move by the last backward pass first, as they would before the next forward pass.
+        """
+        self._step_maps()
+        maps = [(path, call, weight.detach().clone()) for (path, call), weight in self._maps.items()]
+        return {"maps": maps, "adam": None if self._adam is None else copy.deepcopy(self._adam.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`.
+
+        Raises:
+            InputError: it has maps of layers that are not compared here.
+        """
+        for path, _, _ in state["maps"]:
+            if path not in self.pairs:
+                raise InputError(f"the state of a distillation maps '{path}', which is not compared here")
+        place = next((p.device for p in self.student.parameters()), None)
+        self._maps, self._adam = {}, None
+        for path, call, weight in state["maps"]:
+            self._add_map(path, call, weight.to(place))
+        if self._adam is not None:
+            self._adam.load_state_dict(state["adam"])
 
     def close(self) -> None:
         """Take all hooks off the student and the teacher."""
@@ -320,21 +346,22 @@ class Distiller:
                 "maps: True learns a linear map where one width differs"
             )
         if (path, call) not in self._maps:
-            new = nn.Linear(one.shape[dim], there.shape[dim], bias=False, device=one.device)
-            nn.init.eye_(new.weight)
-            self._maps[path, call] = new
-            if self._adam is None:
-                self._adam = torch.optim.Adam(new.parameters(), lr=self.options.maps_lr)
-            else:
-                self._adam.add_param_group({"params": list(new.parameters())})
-        mapped: Tensor = self._maps[path, call](one.movedim(dim, -1).float())
-        return mapped.movedim(-1, dim)
+            self._add_map(path, call, torch.eye(there.shape[dim], one.shape[dim], device=one.device))
+        return nn.functional.linear(one.movedim(dim, -1).float(), self._maps[path, call]).movedim(-1, dim)
+
+    def _add_map(self, path: str, call: int, weight: Tensor) -> None:
+        """Let a map from (teacher's width, student's width) learn."""
+        new = self._maps[path, call] = nn.Parameter(weight.clone())
+        if self._adam is None:
+            self._adam = torch.optim.Adam([new], lr=self.options.maps_lr)
+        else:
+            self._adam.add_param_group({"params": [new]})
 
     def _step_maps(self) -> None:
         """What the last backward pass says of the maps: they move before the next forward pass."""
         if self._adam is None:
             return
-        grads = [p.grad for m in self._maps.values() for p in m.parameters() if p.grad is not None]
+        grads = [weight.grad for weight in self._maps.values() if weight.grad is not None]
         if grads and all(bool(torch.isfinite(g).all()) for g in grads):  # a loss scale may be too high
             self._adam.step()
         self._adam.zero_grad()

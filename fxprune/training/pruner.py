@@ -33,7 +33,7 @@ from fxprune.training.steps import follow
 from fxprune.training.wrapped import inner as unwrapped
 
 #: What a checkpoint says that it is.
-_FORMAT = 2
+_FORMAT = 3
 #: What "hybrid-filled" puts in the place of zeros: so many standard deviations of the weight.
 _FILL = 0.1
 
@@ -413,6 +413,7 @@ class Pruner:
                 "begun": self._begun,
                 "prunings": [one.state() for one in self._prunings],
                 "snapshot": self._snapshot,
+                "distiller": None if self._distiller is None else self._distiller.state_dict(),
                 "rows": [asdict(row) for row in self.rows],
             }
         )
@@ -430,6 +431,8 @@ class Pruner:
             one.load(own)
             one.step = state["step"]
         self.step, self._begun, self._snapshot = state["step"], state["begun"], state["snapshot"]
+        if self._distiller is not None:
+            self._distiller.load_state_dict(state["distiller"])
         self._log.restore([Row(**row) for row in state["rows"]])
         self._masking.set_masks()
         self._masking.set_gates()
@@ -504,6 +507,9 @@ class Pruner:
             )
         for one, own in zip(self._prunings, state["prunings"], strict=True):
             one.check(own)
+        if (state["distiller"] is None) != (self._distiller is None):
+            there, here = ("with", "without") if self._distiller is None else ("without", "with")
+            raise InputError(f"the state is of a run {there} a teacher, and this Pruner was made {here} one")
 
     # ------------------------------------------------------------------ inside
     def _update(self) -> list[bool]:

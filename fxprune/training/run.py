@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fxprune.api import compile as compile_model
 from fxprune.capture import example
 from fxprune.copies import copied
-from fxprune.errors import InputError, NonFiniteError, RecipeError
+from fxprune.errors import RecipeError
 from fxprune.making import measured
 from fxprune.modes import evaluating
 from fxprune.passes.training.distill import distillation
@@ -25,6 +26,7 @@ from fxprune.training.batches import Feed
 from fxprune.training.compose import composed
 from fxprune.training.distill import Distiller
 from fxprune.training.finish import filled
+from fxprune.training.fit import Fit, Taken
 from fxprune.training.optimizers import optimizer as optimizer_of
 from fxprune.training.optimizers import rate
 from fxprune.training.pruner import Pruner
@@ -159,7 +161,6 @@ class _Run:
     _table: Any = None
     _bar: Any = None
     _state: dict[str, Any] | None = None
-    _seen: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def makes_batches(batches: Any) -> bool:
@@ -349,149 +350,49 @@ class _Run:
         stage = self.recipe.stages[number]
         keys = self.recipe.optimizer_of(stage)
         # In the order of their names, which is the same for a module that was saved and read again.
-        parameters = [p for _, p in sorted(module.named_parameters())]
-        optimizer = optimizer_of(keys, parameters)
+        optimizer = optimizer_of(keys, [p for _, p in sorted(module.named_parameters())])
         start = sum(self.lengths[:number])
         offset, whole = (0, steps) if stage.optimizer is not None else (start, sum(self.lengths))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: rate(keys, offset + k, whole))
-        done, skip, random, self._seen = 0, 0, None, {}
-        if self._state is not None:
-            done, skip, random = self.load(module, optimizer, scheduler, pruner)
-        if pruner is not None:
-            pruner._optimizers = [optimizer]
-            pruner.on_step_begin()
         module.train()
-        distiller = None
-        if self.recipe.distillation is not None:
-            assert self.teacher is not None
-            distiller = Distiller(module, self.teacher, **self.recipe.distillation)
-        try:
-            self.steps_of(number, steps, module, pruner, optimizer, scheduler, distiller, (done, skip, random))
-        finally:
-            if distiller is not None:
-                distiller.close()
+        kept = self.checkpoint.folder
+        hint = "" if kept is None else f"; the last state is in {kept}: lower the rate, and `resume` from there"
+        with self.taught(module) as distiller:
+            parts = (optimizer, scheduler, keys.clip, pruner, distiller)
+            fit = Fit(module, steps, self.feed, self.loss, *parts, first=start, hint=hint)
+            if self._state is not None:
+                fit.load(self._state["inside"], self._state["random"])
+                self._state = None
+            if pruner is not None:
+                pruner._optimizers = [optimizer]
+                pruner.on_step_begin()
+            while fit.done < steps:
+                for taken in fit.epoch(self.epoch):
+                    self.tell(number, taken, fit.done == steps)
+                    if self.every is not None and self.step % self.every == 0 and fit.done < steps:
+                        self.save(number, fit.state())
+                self.epoch += 1
+                if fit.done < steps:
+                    self.save(number, fit.state())
 
-    def steps_of(
-        self,
-        number: int,
-        steps: int,
-        module: nn.Module,
-        pruner: Pruner | None,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        distiller: Distiller | None,
-        at: tuple[int, int, Tensor | None],
-    ) -> None:
-        """Take the steps of a stage.
+    def taught(self, module: nn.Module) -> AbstractContextManager[Distiller | None]:
+        """Let a module learn from the teacher, if there is one."""
+        if self.recipe.distillation is None:
+            return nullcontext()
+        assert self.teacher is not None
+        return Distiller(module, self.teacher, **self.recipe.distillation)
 
-        Args:
-            at: steps done, batches of the epoch that were seen, and the random state then.
-        """
-        stage, start, device = self.recipe.stages[number], sum(self.lengths[:number]), next(module.parameters()).device
-        clip = self.recipe.optimizer_of(stage).clip
-        done, skip, random = at
-        often = max(1, sum(self.lengths) // _ROWS)
-        while done < steps:
-            begun, seen = torch.get_rng_state(), 0
-            for item in self.feed.epoch(self.epoch):
-                seen += 1
-                if seen <= skip:  # they were trained on before the run was stopped
-                    continue
-                if random is not None:
-                    torch.set_rng_state(random)
-                    random = None
-                value = self.train_step(module, optimizer, clip, pruner, distiller, item, device)
-                self.step, done = start + done + 1, done + 1
-                rows = 0 if pruner is None else len(pruner.rows)
-                state = self.state(number, stage, value, optimizer.param_groups[0]["lr"], pruner)
-                scheduler.step()
-                if pruner is not None:
-                    pruner.on_step_end()
-                    pruner.on_step_begin()
-                self._bar.show(state)
-                if (self.step - 1) % often == 0 or done == steps or (pruner is not None and len(pruner.rows) > rows):
-                    self._table.add(state)
-                if done == steps:
-                    break
-                if self.every is not None and self.step % self.every == 0:
-                    self.save(number, self.inside(module, optimizer, scheduler, pruner, done, seen, begun))
-            if not seen:
-                raise InputError(f"batches: epoch {self.epoch} has none; a DataLoader or a list can be used again")
-            if seen < skip:
-                raise InputError("resume: the epoch has fewer batches than the run had seen of it")
-            if random is not None:  # it was stopped behind the epoch's last batch
-                torch.set_rng_state(random)
-                random = None
-            self.epoch, skip = self.epoch + 1, 0
-            if done < steps:
-                self.save(number, self.inside(module, optimizer, scheduler, pruner, done, 0, torch.get_rng_state()))
-
-    def train_step(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None,
-        pruner: Pruner | None,
-        distiller: Distiller | None,
-        item: Any,
-        device: torch.device,
-    ) -> float:
-        """Take one step of the optimizer; return the loss."""
-        given = self.feed.given(item, device)
-        loss = self.loss(module(*given.args, **given.kwargs), given.labels)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise InputError(f"the loss gives {type(loss).__name__}, not a scalar tensor")
-        if distiller is not None:
-            loss = distiller.distill(loss)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            kept = self.checkpoint.folder
-            where = "" if kept is None else f"; the last state is in {kept}: lower the rate, and `resume` from there"
-            raise NonFiniteError(f"step {self.step}: the loss is NaN or infinite{where}")
-        if clip is not None:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-        if pruner is not None:
-            pruner.on_before_optimizer_step(value)
-        optimizer.step()
-        return value
-
-    def state(self, number: int, stage: TrainStage, loss: float, lr: float, pruner: Pruner | None) -> State:
-        """Return the run as it is shown, of the step that was just made."""
-        self.look(pruner)
-        return State(self.step - 1, number + 1, stage.kind, self.epoch, loss, lr, **self._seen)
-
-    def look(self, pruner: Pruner | None) -> None:
-        """See what the last update has changed; a Pruner that goes on has no row of it."""
-        if pruner is not None and pruner.rows:
-            row = pruner.rows[-1]
-            self._seen = {"sparsity": row.sparsity, "target": row.target, "macs": row.macs}
+    def tell(self, number: int, taken: Taken, last: bool) -> None:
+        """Show a step that was made, and count it."""
+        row, stage = taken.row, self.recipe.stages[number]
+        shown = {} if row is None else {"sparsity": row.sparsity, "target": row.target, "macs": row.macs}
+        state = State(self.step, number + 1, stage.kind, self.epoch, taken.loss, taken.rate, **shown)
+        self._bar.show(state)
+        if self.step % max(1, sum(self.lengths) // _ROWS) == 0 or last or taken.updated:
+            self._table.add(state)
+        self.step += 1
 
     # ------------------------------------------------------------------ checkpoints
-    def inside(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        pruner: Pruner | None,
-        done: int,
-        seen: int,
-        begun: Tensor,
-    ) -> dict[str, Any]:
-        """Return what a checkpoint holds of a stage that is not over: `begun` is torch's state as the epoch began."""
-        self.look(pruner)
-        return {
-            "done": done,
-            "seen": seen,
-            "begun": begun,
-            "shown": self._seen,
-            "model": module.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "pruner": None if pruner is None else pruner.state_dict(),
-        }
-
     def save(self, number: int, inside: dict[str, Any]) -> None:
         """Write where the run is; between stages the model, too, where no stage has left a result yet."""
         if self.checkpoint.folder is None:
@@ -535,22 +436,3 @@ class _Run:
     def done_in_stage(self) -> int:
         """How many steps of the stage that begins were made before the run was stopped."""
         return 0 if self._state is None else int(self._state["inside"]["done"])
-
-    def load(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        pruner: Pruner | None,
-    ) -> tuple[int, int, Tensor | None]:
-        """Put a stage's state back; return the steps made, the batches seen of the epoch, and the random state then."""
-        assert self._state is not None
-        state, inside = self._state, self._state["inside"]
-        self._state, self._seen = None, inside["shown"]
-        module.load_state_dict(inside["model"])
-        optimizer.load_state_dict(inside["optimizer"])
-        scheduler.load_state_dict(inside["scheduler"])
-        if pruner is not None:
-            pruner.load_state_dict(inside["pruner"])
-        torch.set_rng_state(inside["begun"])
-        return inside["done"], inside["seen"], state["random"] if inside["seen"] else None

@@ -513,6 +513,23 @@ def test_another_teacher_teaches_something_else() -> None:
     assert distances[1] < distances[0]
 
 
+@pytest.mark.parametrize("after", [5, 11, 13])
+def test_what_a_teacher_taught_is_not_lost_by_a_stop(after: int, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    teacher = nn.Sequential(
+        nn.Linear(8, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4)
+    )
+    keys = {"distillation": {"hidden": {"0": "0"}, "maps": True, "maps_lr": 0.1}}
+    expected = run(STAGES_WITH_A_TEACHER, batches=Stopping(None), keys=keys, teacher=teacher)
+    with pytest.raises(Stopped):
+        run(STAGES_WITH_A_TEACHER, batches=Stopping(after), keys=keys, teacher=teacher, checkpoint=tmp_path, every=2)
+    resumed = run(
+        STAGES_WITH_A_TEACHER, batches=Stopping(None), keys=keys, teacher=teacher, checkpoint=tmp_path, resume=True
+    )
+    first, second = expected.module.state_dict(), resumed.module.state_dict()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
 def test_a_key_of_distillation_that_is_unknown_is_refused_before_training() -> None:
     with pytest.raises(RecipeError, match="temprature"):
         run(STAGES_WITH_A_TEACHER, keys={"distillation": {"temprature": 2}})

@@ -289,6 +289,15 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     assert all(torch.equal(value, before[n]) for n, value in net.state_dict().items())
 
 
+def test_a_teacher_belongs_to_the_run(tmp_path: Path) -> None:
+    made(STAGES["magnitude"], distillation={"alpha": 0.5})[2].save(tmp_path / "with")
+    made(STAGES["magnitude"])[2].save(tmp_path / "without")
+    with pytest.raises(InputError, match="of a run with a teacher, and this Pruner was made without one"):
+        made(STAGES["magnitude"])[2].load(tmp_path / "with")
+    with pytest.raises(InputError, match="of a run without a teacher, and this Pruner was made with one"):
+        made(STAGES["magnitude"], distillation={"alpha": 0.5})[2].load(tmp_path / "without")
+
+
 def test_an_optimizer_is_attached_before(tmp_path: Path) -> None:
     made(STAGES["magnitude"])[2].save(tmp_path / "run")
     pruner = Pruner(network(), torch.randn(2, 8), {"schedule": RAMP} | STAGES["magnitude"], steps=STEPS)
