@@ -8,6 +8,7 @@ gone of what the pattern counts, `same` by how much the smaller model's outputs 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import warnings
 from pathlib import Path
@@ -125,7 +126,7 @@ def run(name: str, family: str, told: dict[str, Any], seed: int, epochs: int, un
     }
 
 
-def table(name: str, rows: dict[str, dict[str, Any]], dense: float) -> Table:
+def table(name: str, dense: float, rows: dict[str, dict[str, Any]]) -> Table:
     """Return the figures of a model."""
     found = Table(title=f"{name}: dense {dense:.4f}", title_justify="left")
     for column in ("", "pattern", "gone", "before tuning", "after", "parameters", "MACs", "proof"):
@@ -174,27 +175,26 @@ def main(
         raise typer.BadParameter(f"there is no {unknown[0]!r}: methods {list(ROWS)}, models {list(MODELS)}")
     about = document.opened(file, resume, epochs=epochs, until=until)
     about |= {"machine": machine.describe(), "threads": threads}
-    for name in models or MODELS:
-        found = about.setdefault("models", {}).setdefault(
-            name, {"dense": TASKS[name].score(TASKS[name].model()), "rows": {}}
-        )
-        for label, (families, told) in ROWS.items():
-            for family in families:
-                if name not in FAMILIES[family] or (method and label not in method):
-                    continue
-                for seed in range(seeds):
-                    row = found["rows"].setdefault(f"{label} / {family}", {})
-                    if str(seed) in row:
-                        continue
-                    try:
-                        row[str(seed)] = run(name, family, told, seed, epochs, until)
-                    except fxprune.FxpruneError as error:
-                        row[str(seed)] = {"failed": str(error)}
-                    document.write(file, about)
-                    console.print(
-                        f"{name}: {label}, {family}, seed {seed}: {row[str(seed)]}", style="dim", highlight=False
-                    )
-        console.print(table(name, found["rows"], found["dense"]))
+    chosen = list(models or MODELS)
+    for name in chosen:
+        if name not in about.setdefault("models", {}):
+            about["models"][name] = {"dense": TASKS[name].score(TASKS[name].model()), "rows": {}}
+    for seed, name, label in itertools.product(range(seeds), chosen, method or ROWS):
+        families, told = ROWS[label]
+        for family in families:
+            if name not in FAMILIES[family]:
+                continue
+            row = about["models"][name]["rows"].setdefault(f"{label} / {family}", {})
+            if str(seed) in row:
+                continue
+            try:
+                row[str(seed)] = run(name, family, told, seed, epochs, until)
+            except fxprune.FxpruneError as error:
+                row[str(seed)] = {"failed": str(error)}
+            document.write(file, about)
+            console.print(f"{name}: {label}, {family}, seed {seed}: {row[str(seed)]}", style="dim", highlight=False)
+    for name in chosen:
+        console.print(table(name, **about["models"][name]))
     console.print(machine.stamp(), style="dim", highlight=False)
 
 
