@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -58,11 +60,19 @@ def pruner_of(net: nn.Module, name: str) -> Pruner:
 def train(net: nn.Module, pruner: Pruner, rank: int | None) -> dict[str, Any]:
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     pruner.attach(optimizer)
-    for step in range(STEPS):
+    steps(net, optimizer, rank, range(STEPS))
+    return outcome(pruner)
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int | None, numbers: range) -> None:
+    for step in numbers:
         inputs, wanted = batch(step, rank)
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(inputs), wanted).backward()
         optimizer.step()
+
+
+def outcome(pruner: Pruner) -> dict[str, Any]:
     state = pruner.state_dict()["prunings"][0]
     kept, method = copy.deepcopy(state["kept"]), state["method"]
     result = pruner.finish(proof="quick")
@@ -86,16 +96,45 @@ def work(rank: int, folder: Path) -> None:
         results["ddp", "pruner first", name] = train(DistributedDataParallel(net), pruner, rank)
     mesh = init_device_mesh("cpu", (2,))
     for name in SHARDED:
-        net = network()
-        pruner = pruner_of(net, name)
-        for layer in (net[0], net[2]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        results["fsdp", "pruner first", name] = train(net, pruner, rank)
+        results["fsdp", "pruner first", name] = train(*sharded(name, mesh), rank)
+        results["fsdp", "stopped", name] = stopped(name, mesh, rank, folder / name)
     results["refused"] = refusals(mesh, rank, folder)
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def sharded(name: str, mesh: Any) -> tuple[nn.Module, Pruner]:
+    net = network()
+    pruner = pruner_of(net, name)
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net, pruner
+
+
+def stopped(name: str, mesh: Any, rank: int, folder: Path) -> dict[str, Any]:
+    """A run that stops in the middle of the ramp, and what goes on from its files in new objects."""
+    middle = 5
+    for numbers in (range(middle), range(middle, STEPS)):
+        net, pruner = sharded(name, mesh)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        pruner.attach(optimizer)
+        if numbers.start:
+            model, moments = get_state_dict(net, optimizer)
+            content = {"model": model, "optimizer": moments}
+            checkpoint.load(content, checkpoint_id=folder)
+            set_state_dict(net, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+            pruner.load_state_dict(torch.load(folder / "pruner.pt"))
+        steps(net, optimizer, rank, numbers)
+        if not numbers.start:
+            model, moments = get_state_dict(net, optimizer)
+            checkpoint.save({"model": model, "optimizer": moments}, checkpoint_id=folder)
+            state = pruner.state_dict()
+            if rank == 0:
+                torch.save(state, folder / "pruner.pt")
+            dist.barrier()
+    return outcome(pruner)
 
 
 def refusals(mesh: Any, rank: int, folder: Path) -> dict[str, str]:
@@ -170,6 +209,12 @@ def test_two_processes_do_what_one_with_both_batches_does(
     assert alone["plan"] == both["plan"]
     torch.testing.assert_close(alone["output"], both["output"], atol=1e-4, rtol=1e-4)
     assert [tuple(v.shape) for v in alone["module"].values()] == [tuple(v.shape) for v in both["module"].values()]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_run_goes_on_to_the_same_result(name: str, ranks: list[dict[Any, Any]]) -> None:
+    for results in ranks:
+        assert equal(results["fsdp", "stopped", name], results["fsdp", "pruner first", name])
 
 
 def test_what_sharded_models_cannot_do_is_said(ranks: list[dict[Any, Any]]) -> None:
