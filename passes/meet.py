@@ -160,15 +160,23 @@ def _attempt(loop: _Loop, costs: LatencyCosts, result: Clocked, progress: Callab
 def _next(tried: list[tuple[float, float]], aim: float) -> float:
     """The share at which the model should be as fast as aimed at, from (share, measured speed-up) so far.
 
-    What the tables call a share is so much on the clock: proportionally, as far as one attempt says, and along the line
-    through the last two (of logarithms) where these go the right way.
+    What the tables call a share is so much on the clock: between the nearest attempt that was too slow and the nearest
+    one that was too fast, along the line (of logarithms) that joins them. Where all were on one side: along the line
+    through the last two where that goes the right way, else proportionally.
 
     >>> round(_next([(0.5, 1.6)], 2.0), 3), round(_next([(0.5, 1.6), (0.4, 1.8)], 2.0), 3)
     (0.4, 0.328)
+    >>> round(_next([(0.6, 2.7), (0.96, 1.04)], 1.6), 3)
+    0.776
     """
     share, measured = tried[-1]
+    slow = max((t for t in tried if t[1] < aim), key=lambda t: t[1], default=None)
+    fast = min((t for t in tried if t[1] >= aim), key=lambda t: t[1], default=None)
     power = -1.0
-    if len(tried) > 1 and tried[-2][0] != share:
+    if slow and fast and fast[0] < slow[0]:
+        power = math.log(slow[1] / fast[1]) / math.log(slow[0] / fast[0])
+        share, measured = fast
+    elif len(tried) > 1 and tried[-2][0] != share:
         before, slower = tried[-2]
         slope = math.log(measured / slower) / math.log(share / before)
         power = slope if -2.0 < slope < -0.5 else power

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxprune.admit import admit
+from fxprune.analyse import analyse
 from fxprune.api import compile
+from fxprune.capture import capture
 from fxprune.copies import copied
 from fxprune.errors import RecipeError, SavedModelError
 from fxprune.making import measured
@@ -17,6 +20,7 @@ from fxprune.modes import evaluating
 from fxprune.pruned import Pruned
 from fxprune.report import Pair
 from fxprune.saved import load_pruned
+from fxprune.training.compose import composed
 
 #: A rung is at least so many times as fast as the one before, which may have ended ahead of what it was asked for.
 _LEAST = 1.01
@@ -44,7 +48,8 @@ def ladder(
     A rung is `fxprune.compile` to what is missing to the speed-up, measured, and `tune`, which trains the result in
     place. Nothing is masked meanwhile: the smaller model itself is trained, which takes a fraction of the dense model's
     time. Kurtic et al., "ZipLM" (2023), section 3.3, whose teacher is the dense model, too: a `Distiller` in `tune`
-    does that.
+    does that. Plans and reports say what is left of the dense model, so that every rung has a `module_like` and can be
+    loaded onto the original class; where its couplings cannot say it, a note in the report does.
 
     Args:
         model: a trained one; it is left as it was.
@@ -105,6 +110,8 @@ def ladder(
                 target={"speedup": max(speedup / reached, _LEAST)},
                 **recipe,
             )
+            if family:
+                _said_of(model, family, before, reached, pruned)
             with evaluating(teacher):
                 tune(pruned.module, teacher, rung)
             pruned.measure(against=model, threads=recipe.get("threads"))
@@ -112,9 +119,30 @@ def ladder(
                 pruned.report.metric = Pair(first, measured(metric, pruned.module))
             if folder is not None:
                 pruned.save(folder, overwrite=True)
+        if _whole(pruned) == _whole(family[0] if family else pruned):
+            pruned.dense = model
         family.append(pruned)
         before, reached = pruned.module, pruned.report.latency[-1].speedup
     return family
+
+
+def _said_of(model: nn.Module, family: list[Pruned], before: nn.Module, reached: float, pruned: Pruned) -> None:
+    """Say in a rung's plan and report what is left of the dense model."""
+    small = analyse(capture(admit(before).model, pruned.args, pruned.kwargs, pruned.plan.dynamic or False))
+    last = family[-1].plan
+    report = pruned.report
+    report.model = type(model).__name__
+    report.notes.append(f"pruned from the rung before, {reached:.2f} x as fast as the dense model")
+    basis = last.basis or pruned.plan.basis
+    if _whole(family[-1]) == _whole(family[0]) and composed(model, last, small, pruned):
+        pruned.plan.basis = basis
+    else:
+        report.notes.append("the plan is one of the rung before: what it removes cannot be said of the dense model")
+
+
+def _whole(pruned: Pruned) -> int:
+    """The parameters of the model that a plan is of."""
+    return pruned.plan.costs["params"][0]
 
 
 def _found(folder: Path | None) -> Pruned | None:
