@@ -6,6 +6,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,6 +81,17 @@ class Clocked:
     attempts: list[Attempt] = field(default_factory=list)
     taken: int = 0
     residual: float = 1.0
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Clocked:
+        """Return it from the plain values that it was written down as."""
+        attempts = [Attempt(**{**a, "interval": tuple(a["interval"])}) for a in data["attempts"]]
+        return cls(**{**data, "attempts": attempts})
+
+    @property
+    def measured(self) -> float | None:
+        """How many times as fast as the dense model what was returned is; None where nothing had to be built."""
+        return self.attempts[self.taken].measured if self.attempts else None
 
     def met(self, tolerance: float) -> bool:
         """Whether the measured speed-up is what was asked for, or at most a share of it below."""

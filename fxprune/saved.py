@@ -222,7 +222,7 @@ def read_report(data: dict[str, Any]) -> Any:
     from fxprune.plan import GroupPlan
     from fxprune.prove import Proof
     from fxprune.provenance import Provenance
-    from fxprune.report import Attempt, Clocked, EngineSummary, Latency, Pair, PartTime, Refitted, Report, Sparse
+    from fxprune.report import Clocked, EngineSummary, Latency, Pair, PartTime, Refitted, Report, Sparse
 
     latency = [
         Latency(
@@ -237,8 +237,7 @@ def read_report(data: dict[str, Any]) -> Any:
     ]
     clocked = data.get("clocked")
     if clocked is not None:
-        attempts = [Attempt(**{**a, "interval": tuple(a["interval"])}) for a in clocked["attempts"]]
-        clocked = Clocked(**{**clocked, "attempts": attempts})
+        clocked = Clocked.of(clocked)
     return Report(
         **{
             **data,

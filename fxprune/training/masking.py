@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from fxprune.axes import Axis
+from fxprune.passes.latency import LatencyCosts
 
 if TYPE_CHECKING:
     from fxprune.passes.training.pruning import Pruning, Subject
@@ -79,11 +80,25 @@ class Masking:
 
     def macs(self) -> float:
         """Return the share of the multiply-accumulates that stays, as far as axes and branches go."""
+        counts, removed = self._left()
+        costs = self._subject.costs
+        return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
+
+    def predicted(self) -> float | None:
+        """Return how many times as fast as the dense model this is by the times of its parts, if these are known."""
+        counts, removed = self._left()
+        for one in self._prunings:
+            costs = one.costs
+            if isinstance(costs, LatencyCosts):
+                return costs.latency({}) / costs.without(removed).latency(counts)
+        return None
+
+    def _left(self) -> tuple[dict[Axis, int], dict[fx.Node, fx.Node]]:
+        """How many units of each axis stay, and the branches that are left out."""
         counts: dict[Axis, int] = {}
         removed: dict[fx.Node, fx.Node] = {}
         for one in self._prunings:
             kept = one.selection()
             counts |= {axis: len(indices) for axis, indices in kept.items()}
             removed |= kept.removed
-        costs = self._subject.costs
-        return costs.without(removed).macs(counts) / max(costs.macs({}), 1)
+        return counts, removed

@@ -582,6 +582,8 @@ class Pruner:
             target=max(one.target for one in aimed),
             macs=self._masking.macs(),
             loss=self._loss,
+            predicted=self._masking.predicted(),
+            measured=next((c.measured for one in aimed if (c := one.clocked) is not None), None),
         )
         self._log.add(row)
         self._subject.say(row.line())

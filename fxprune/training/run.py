@@ -34,6 +34,8 @@ from fxprune.training.recipe import TrainRecipe, TrainStage, read_train_recipe
 from fxprune.training.run_folder import RunFolder
 from fxprune.training.show import State, Table, showing
 
+#: What a step shows of the last update.
+_SHOWN = ("sparsity", "target", "macs", "predicted", "measured")
 #: Rows of `training.csv` in a run, beside those of updates.
 _ROWS = 500
 
@@ -385,7 +387,7 @@ class _Run:
     def tell(self, number: int, taken: Taken, last: bool) -> None:
         """Show a step that was made, and count it."""
         row, stage = taken.row, self.recipe.stages[number]
-        shown = {} if row is None else {"sparsity": row.sparsity, "target": row.target, "macs": row.macs}
+        shown = {} if row is None else {name: getattr(row, name) for name in _SHOWN}
         state = State(self.step, number + 1, stage.kind, self.epoch, taken.loss, taken.rate, **shown)
         self._bar.show(state)
         if self.step % max(1, sum(self.lengths) // _ROWS) == 0 or last or taken.updated:

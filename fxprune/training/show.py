@@ -30,6 +30,8 @@ class State:
         sparsity: share of the masked weights' entries that is zero; None where none is masked.
         target: share of the units, or of the cost, that is to be gone at the end of the stage.
         macs: share of the multiply-accumulates of the stage's model that stays.
+        predicted: times as fast as the stage's model by the times of its parts, where these have been measured.
+        measured: times as fast as the stage's model, where the whole of it has been timed.
     """
 
     step: int
@@ -41,6 +43,8 @@ class State:
     sparsity: float | None = None
     target: float | None = None
     macs: float | None = None
+    predicted: float | None = None
+    measured: float | None = None
 
     def line(self) -> str:
         """Return the state in a few words.
@@ -55,6 +59,10 @@ class State:
             said.append(f"target {self.target:.1%}")
         if self.macs is not None:
             said.append(f"MACs {self.macs:.3f}")
+        if self.predicted is not None:
+            said.append(f"predicted {self.predicted:.2f} x")
+        if self.measured is not None:
+            said.append(f"measured {self.measured:.2f} x")
         return ", ".join(said)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from fxprune.errors import InputError, NonFiniteError, RecipeError, TargetError
 from fxprune.groups import Group
 from fxprune.kept import Indices, Kept
 from fxprune.passes.choose import Chooser, chooser, preferred
-from fxprune.passes.latency import LatencyCosts
 from fxprune.passes.meet import meet, timed
 from fxprune.passes.training import cut
 from fxprune.passes.training.find import Found, find
@@ -349,16 +348,15 @@ class Pruning:
         return {u.name: _mask(u, kept) for u in self.units if isinstance(u, AxisUnits)}
 
     def _fast_enough(self, share: float, last: bool) -> Kept:
-        """At the end the whole model is measured; before, tables of its parts do."""
+        """At the end the whole model is measured; before, tables of its parts do, which it needs anyway."""
         subject, chooser = self.subject, self.chooser
         if last:
             backend = backend_of(chooser.recipe.backend)
             kept, clocked = meet(chooser, subject.reference, subject.args, subject.kwargs, backend, subject.say)
             self.clocked = clocked
             return kept
-        if isinstance(chooser.costs, LatencyCosts):
-            return chooser.kept("latency", share)
-        return chooser.kept("macs", share)  # until there are tables the multiply-accumulates say what is fast
+        self.time_parts()
+        return chooser.kept("latency", share)
 
     def _layers(self, units: LayerUnits, scores: Tensor, kind: str, share: float) -> Tensor:
         """Branches go in the order of their scores, as long as the cost is above its share."""
@@ -445,6 +443,7 @@ class Pruning:
             "fading": self._fading,
             "partial": self.partial,
             "faded_at": self._faded_at,
+            "clocked": None if self.clocked is None else asdict(self.clocked),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -469,6 +468,7 @@ class Pruning:
         self.method.load(state["method"])
         self.generator.set_state(state["generator"])
         self._fading, self.partial, self._faded_at = state["fading"], state["partial"], state["faded_at"]
+        self.clocked = None if state["clocked"] is None else Clocked.of(state["clocked"])
 
 
 def _least(units: Units) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -506,14 +507,23 @@ def test_a_target_on_the_clock_is_met_by_measuring(counted: type, method: str) -
     model = nn.Sequential(*(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8)))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     stage = {"method": method, "pattern": "ffn", "target": {"speedup": 2.0}, "schedule": {"end": 4, "every": 1}}
+    reference = copy.deepcopy(model)
     pruner = Pruner(model, torch.randn(2, 64), stage, steps=6, backend="torch").attach(optimizer)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(8, 64)).square().mean().backward()
         optimizer.step()
+    rows = pruner.rows
+    assert all(row.predicted is not None and row.measured is None for row in rows[1:-1])
+    predicted = [row.predicted for row in rows[1:] if row.predicted is not None]
+    assert predicted == sorted(predicted) and predicted[-1] > 1.5 > predicted[0]
+    assert rows[-1].measured == pytest.approx(2.0, rel=0.05) and "measured 2.0" in rows[-1].line()
+    other = Pruner(copy.deepcopy(reference), torch.randn(2, 64), stage, steps=6, backend="torch")
+    other.load_state_dict(pruner.state_dict())
+    assert other.rows == rows and other.finish().report.clocked == other.prunings[0].clocked
     result = pruner.finish()
-    assert result.report.clocked is not None
-    assert result.report.clocked.attempts[result.report.clocked.taken].measured == pytest.approx(2.0, rel=0.05)
+    assert result.report.clocked is not None and result.report.clocked == other.prunings[0].clocked
+    assert result.report.clocked.measured == rows[-1].measured
     assert "speed-up requested 2.00" in str(result.report)
 
 
