@@ -74,9 +74,8 @@ class Masking:
 
     def sparsity(self) -> float:
         """Return the share of the masked weights' entries that is zero now."""
-        weights = self._subject.weights
-        total = sum(weights.mask(n).numel() for n in weights)
-        return sum(int((~weights.mask(n)).sum()) for n in weights) / total if total else 0.0
+        found = [self._subject.weights.zeros(name) for name in self._subject.weights]
+        return sum(zeros for zeros, _ in found) / max(sum(size for _, size in found), 1)
 
     def macs(self) -> float:
         """Return the share of the multiply-accumulates that stays, as far as axes and branches go."""

@@ -130,6 +130,11 @@ class Weights:
         """Return which entries stay: bool."""
         return self._factor(name) != 0
 
+    def zeros(self, name: str) -> tuple[int, int]:
+        """Return how many entries are masked, and how many there are."""
+        factor = self._factor(name)
+        return factor.numel() - int(factor.sum(dtype=torch.float64)), factor.numel()  # counting takes six times as long
+
     def _factor(self, name: str) -> Tensor:
         """The mask as it is multiplied with."""
         mask = self._masks[name][0].mask

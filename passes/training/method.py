@@ -121,7 +121,7 @@ def of_choice(what: str, value: Any, known: tuple[str, ...]) -> None:
 
 def mean(units: Units, total: Tensor) -> Tensor:
     """Return sums over units as means over their entries, so that units of any size compare."""
-    return total.float() / units.entries
+    return total.float() if units.entries == 1 else total.float() / units.entries
 
 
 def moving(old: Tensor | None, keep: float, new: Tensor, weigh: float) -> Tensor:

@@ -284,7 +284,8 @@ class Pruning:
         result = {}
         for u in self.units:
             scores = self.method.scores(self, u).detach().float().cpu()
-            if not bool(torch.isfinite(scores).all()):
+            # What is not finite makes the sum so, which is many times as fast to see.
+            if not torch.isfinite(scores.sum()) and not torch.isfinite(scores).all():
                 raise NonFiniteError(
                     f"step {self.step}: a score of '{u.name}' is NaN or infinite (first of unit "
                     f"{int((~torch.isfinite(scores)).nonzero()[0])}): a weight or a gradient is"

@@ -34,9 +34,9 @@ class StraightThrough(Method):
         """Let masked weights decay."""
         if self.decay and not pruning.done:
             for u in pruning.units:
-                masked = ~u.expand(pruning.kept[u.name])[u.name]
                 weight = pruning.value(u.name)
-                pruning.subject.weights.push(u.name, self.decay * masked.to(weight.device) * weight)
+                masked = ~u.expand(pruning.kept[u.name])[u.name].to(weight.device)
+                pruning.subject.weights.push(u.name, masked.to(weight.dtype).mul_(weight).mul_(self.decay))
 
     def scores(self, pruning: Pruning, units: Units) -> Tensor:
         """Return |w|."""
