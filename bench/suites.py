@@ -184,7 +184,7 @@ _ALL = (
             Step(
                 "bench.ladder",
                 "ladder.json",
-                quick=("--only", "dense, trained on", "--limit", "64", "--rung", "1", "--seeds", "1"),
+                quick=("--only", "dense, trained on", "--limit", "64", "--epochs", "1", "--more", "1", "--seeds", "1"),
             ),
             Step("bench.mask_cost", "mask_cost.json", quick=("--rounds", "12", "--tokens", "16"), resume=()),
         ),
