@@ -22,13 +22,23 @@ def _spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def _seeds(counts: Sequence[int]) -> str:
+    """Return how many seeds rows have.
+
+    >>> _seeds([3, 3]), _seeds([3, 1]), _seeds([1])
+    ('3 seeds', '1 to 3 seeds', '1 seed')
+    """
+    least, most = min(counts), max(counts)
+    return plural(most, "seed") if least == most else f"{least} to {plural(most, 'seed')}"
+
+
 def ladder(documents: Documents) -> list[str]:
     """Return what the ladder and block movement lose at the speed-ups of nn_pruning's line."""
     document = required(documents, "ladder.json")
-    dense, rows, seeds = document["dense"], [], set()
+    dense, rows, seeds = document["dense"], [], []
     for label, by_speed in document["rows"].items():
         for speed, runs in by_speed.items():
-            seeds.add(len(runs))
+            seeds.append(len(runs))
             accuracy = [100 * run["accuracy"] for run in runs.values()]
             at = statistics.mean(run["speedup"] for run in runs.values())
             allowed = document["allowed"].get(speed)
@@ -44,8 +54,9 @@ def ladder(documents: Documents) -> list[str]:
             )
     if not rows:
         raise Missing("No run is in `bench/results/ladder.json`")
-    title = f"Dense {100 * dense:.2f} %, {document['tested']:,} held-out docstrings; means of "
-    title += f"{' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds and their standard deviation:"
+    title = f"Dense {100 * dense:.2f} %, {document['tested']:,} held-out docstrings; movement is trained for "
+    title += f"{document['epochs'] + document['more']} epochs at each speed-up; means and standard deviations of "
+    title += f"{_seeds(seeds)}:"
     head = ["", "asked for", "measured", "accuracy, %", "points lost", "nn_pruning's line loses"]
     return [title, "", *table(head, rows)]
 
@@ -66,8 +77,8 @@ def methods(model: str) -> Callable[[Documents], list[str]]:
         found = document["models"].get(model)
         if not found or not found["rows"]:
             raise Missing(f"No method was measured on {model}")
-        counts = {len(runs) for runs in found["rows"].values()}
-        title = f"Dense {found['dense']:.4f}; {plural(max(counts), 'seed')}, {document['epochs']} epochs, of which the "
+        seeds = _seeds([len(runs) for runs in found["rows"].values()])
+        title = f"Dense {found['dense']:.4f}; {seeds}, {document['epochs']} epochs, of which the "
         title += f"schedule takes {document['until']:.0%}:"
         rows = [_method(key, list(runs.values())) for key, runs in found["rows"].items()]
         head = ["method", "pattern", "target", "gone", "before tuning", "after", "parameters", "MACs", "proof"]

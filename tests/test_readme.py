@@ -158,6 +158,8 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
         "ladder.json": {
             "dense": 0.9,
             "tested": 1600,
+            "epochs": 4,
+            "more": 2,
             "allowed": {"2": 0.8},
             "rows": {
                 "ladder": {"2": {str(n): {"accuracy": 0.7 + 0.2 * n, "speedup": 1.9 + 0.2 * n} for n in range(2)}},
@@ -193,6 +195,11 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
         "| ladder | 2 x | 2.00 x | 80.00 ± 14.14 | +10.00 | 0.8 |",
         "| dense, trained on |  |  | 92.00 | -2.00 |  |",
     ]
+    assert (
+        "6 epochs at each speed-up; means and standard deviations of 1 to 2 seeds"
+        in training_tables.ladder(documents)[0]
+    )
+    assert "1 to 2 seeds" in training_tables.methods("m")(documents)[0]
     assert training_tables.methods("m")(documents)[-2:] == [
         "| A | widths | 0.6000 | 0.6000 | 0.600 ± 0.141 | 0.800 ± 0.141 | 0.40 | 0.30 | 2e-15 |",
         "| B | 2:4 |  | too few |  |  |  |  |  |",

@@ -80,7 +80,7 @@ class Fit:
             if self._seen <= self._skip:  # they were trained on before the run was stopped
                 continue
             self._continue()
-            row = self.pruner.rows[-1] if self.pruner is not None and self.pruner.rows else None
+            row = self._row()
             rate = float(self.optimizer.param_groups[0]["lr"])
             loss = self._step(item, device)
             self.done += 1
@@ -88,8 +88,7 @@ class Fit:
             if self.pruner is not None:
                 self.pruner.on_step_end()
                 self.pruner.on_step_begin()
-            now = self.pruner.rows[-1] if self.pruner is not None and self.pruner.rows else None
-            yield Taken(loss, rate, row, now is not row)
+            yield Taken(loss, rate, row, self._row() is not row)
             if self.done == self.steps:
                 return
         if not self._seen:
@@ -98,6 +97,10 @@ class Fit:
             raise InputError("resume: the epoch has fewer batches than the run had seen of it")
         self._continue()  # it was stopped behind the epoch's last batch
         self._begun, self._seen, self._skip = torch.get_rng_state(), 0, 0
+
+    def _row(self) -> Row | None:
+        """What the Pruner wrote down last."""
+        return self.pruner.rows[-1] if self.pruner is not None and self.pruner.rows else None
 
     def _continue(self) -> None:
         """Random numbers go on where the run was stopped, once the batches before have been passed over."""

@@ -317,7 +317,7 @@ class Pruning:
         """Return which units stay by their scores when a share is to go.
 
         Args:
-            last: a target on the clock is met by measuring the whole model; else tables or MACs have to do.
+            last: a target on the clock is met by measuring the whole model; else tables of its parts have to do.
         """
         if gone <= 0:
             return {u.name: torch.ones(u.size, dtype=torch.bool) for u in self.units}
