@@ -61,6 +61,10 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "Group-SL": (("widths",), {"method": "group_sl"}),
     "RigL": (("entries", "blocks"), {"method": "rigl"}),
     "movement": (("entries", "blocks", "widths", "hybrid"), {"method": {"name": "movement", "lr": 0.05}}),
+    "movement, scores from magnitude": (
+        ("entries", "blocks"),
+        {"method": {"name": "movement", "lr": 0.05, "initial": "magnitude"}},
+    ),
     "L0 (CoFi)": (("widths", "layers"), {"method": "l0"}),
     "learned masks (MaskLLM)": (("2:4",), {"method": {"name": "mask_learning", "lr": 0.05}}),
     "straight through": (("2:4",), {"method": {"name": "straight_through", "decay": 0.0}}),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
@@ -92,8 +93,11 @@ def _front() -> dict[str, Any]:
 def _loop() -> dict[str, Any]:
     found = _front()
     found["model"].train()
-    loader = [torch.randn(32, 8) for _ in range(10)]
-    return found | {"loader": loader, "optimizer": torch.optim.AdamW(found["model"].parameters())}
+    data = [(torch.randn(32, 8), torch.randint(0, 4, (32,))) for _ in range(10)]
+    stages = [{"prune": {"pattern": "channel", "target": 0.25}, "epochs": 1}, {"tune": {}, "epochs": 1}]
+    Path("train.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    optimizer = torch.optim.AdamW(found["model"].parameters())
+    return found | {"loader": data, "loss": torch.nn.functional.cross_entropy, "optimizer": optimizer}
 
 
 #: What a block under this heading of the README takes for granted.
