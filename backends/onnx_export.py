@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.backends import onnxfile
 from fxprune.backends.base import bind_arguments, call_arguments, forward_signature, inference_copy, tensors_of
 from fxprune.backends.dynamic import named_leaves, places, resized, sizes, sizes_to_trace
 from fxprune.backends.flat import FlatModule
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 #: The ONNX operator set of a file, and that of one with attention: from 23 on that is one operator, which onnxruntime
 #: runs in about half the time of its pieces, with zeros where a row is wholly masked, as torch has it.
 OPSET, ATTENTION_OPSET = 20, 23
-#: Bytes of weights above which they go beside the file: protobuf, which it is written in, ends at 2 GiB.
-LARGE = 1_900_000_000
 #: Lines of what the exporter printed and warned about that a failure repeats.
 NOISE_LINES = 12
 #: What a file says of each node beside its module: the exporter's notes, which hold the paths of whoever exported it.
@@ -78,7 +77,7 @@ def export(
 
     Tensors among the arguments become inputs, named by `fxprune.input_names`; everything else is baked in.
     Outputs are the module's output tensors in the order in which they occur. `dynamic` is that of `Backend.build`;
-    open dimensions bear their size names. Weights above LARGE bytes go beside it, into `path` with ".data" appended.
+    open dimensions bear their size names. Large weights go beside it: see `onnxfile.save`.
 
     Raises BackendError where the export fails, with what the exporter said, and InputError where the arguments do not
     fit the module.
@@ -153,9 +152,9 @@ def _write(flat: nn.Module, tensors: Sequence[Tensor], path: Path, settings: Fil
         plain = plain_attention(captured) if captured is not None else {}
         if plain:
             program = _export(captured, opset_version=OPSET, custom_translation_table=plain, **options)
-        save(_prepared(program.model, settings), path)
+        onnxfile.save(_prepared(program.model, settings), path)
         return Written(path, OPSET, fuse(path))
-    save(_prepared(program.model, settings), path)
+    onnxfile.save(_prepared(program.model, settings), path)
     attends = captured is not None and _attends(captured.graph)
     if attends and not first and _write_fused(captured, tensors, path, settings, **options):
         return Written(path, ATTENTION_OPSET)
@@ -184,12 +183,13 @@ def _write_fused(
         try:
             exported = _export(model, opset_version=ATTENTION_OPSET, **options).model
             _expand_masks(exported)
-            save(_prepared(exported, settings), fused)
+            onnxfile.save(_prepared(exported, settings), fused)
             opened = session(fused, SessionSettings(provider=settings.provider, silent=True))
             opened.run(None, {i.name: t.cpu().numpy() for i, t in zip(opened.get_inputs(), tensors, strict=True)})
         except Exception:
             # It stays in pieces: keys that broadcast over heads, operators that onnxruntime lacks in the later set.
             return False
+        onnxfile.beside(path).unlink(missing_ok=True)
         for file in fused.parent.iterdir():
             file.replace(path.parent / file.name)
     return True
@@ -232,15 +232,6 @@ def _expand_masks(model: onnx_ir.Model) -> None:
         rows.outputs[0].dtype = mask.dtype
         model.graph.insert_before(node, [one, queries, shape, rows])
         node.replace_input_with(3, rows.outputs[0])
-
-
-def save(model: onnx_ir.Model, path: Path) -> None:
-    """Write a model, weights above LARGE bytes beside it in `path` with ".data" appended."""
-    import onnx_ir as ir
-
-    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    total = sum(weight.nbytes for weight in weights if weight is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if total > LARGE else None)
 
 
 class _Together(nn.Module):

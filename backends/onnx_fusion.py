@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxprune.backends import onnxfile
 from fxprune.backends.quiet import quiet
 from fxprune.errors import BackendError
 
@@ -74,7 +75,7 @@ def fuse(path: Path) -> dict[str, int]:
         sys.path.append(folder)
     from onnxruntime.transformers.optimizer import optimize_model
 
-    data = path.with_name(f"{path.name}.data")
+    data = onnxfile.beside(path)
     external = data.exists()
     try:
         with quiet():

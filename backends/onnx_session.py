@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxprune.backends import onnxfile
 from fxprune.errors import BackendError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _options(path: Path, settings: SessionSettings) -> Any:
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if settings.optimized is not None:
         options.optimized_model_filepath = str(settings.optimized)
-        if path.with_name(f"{path.name}.data").exists():  # they would not fit into one file
+        if onnxfile.beside(path).exists():  # they would not fit into one file
             prefix = "session.optimized_model_external_initializers"
             options.add_session_config_entry(f"{prefix}_file_name", f"{settings.optimized.name}.data")
             options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(EXTERNAL_WEIGHT))

@@ -20,7 +20,7 @@ _TYPES = ("to", "dtype", "output_dtype")
 #: Operator -> its inputs that are float32 whatever the type of the others.
 _FLOAT_ONLY = {"Resize": (1, 2), "Upsample": (1,), "NonMaxSuppression": (0, 1, 3, 4)}
 #: Bytes of weights that go into the ONNX file itself, somewhat below the 2 GB that one message may have.
-_ONE_FILE = 1_800_000_000
+LARGE = 1_800_000_000
 #: Of so many neighbours along the input axis, a 2:4 weight has at most two that are not zero.
 _GROUP = 4
 
@@ -51,17 +51,25 @@ def load(path: Path) -> ir.Model:
         raise BackendError(f"'{path}' cannot be read as an ONNX file: {error}. Export it again") from error
 
 
+def beside(path: Path) -> Path:
+    """Return the file that holds the large weights of an ONNX file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def save(model: ir.Model, path: Path) -> None:
-    """Write a model; above onnx's limit of 2 GB the weights go beside it, to `path` with ".data" appended.
+    """Write a model; weights above LARGE bytes go `beside` it, else a file that an earlier model left there goes.
 
     Raises BackendError where the file cannot be written.
     """
     import onnx_ir as ir
 
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    large = sum(weight.nbytes for weight in weights if weight is not None) > LARGE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, path, external_data=f"{path.name}.data" if size > _ONE_FILE else None)
+        ir.save(model, path, external_data=beside(path).name if large else None)
+        if not large:
+            beside(path).unlink(missing_ok=True)
     except OSError as error:
         raise BackendError(f"'{path}' cannot be written: {error.strerror}. Choose another place") from error
 

@@ -35,10 +35,18 @@ def export(pruned: Pruned, path: Path, options: Mapping[str, Any]) -> Path:
     endings = {".onnx": "onnxruntime", ".pt2": "torch-aot"}
     if path.suffix not in endings:
         raise BackendError(f"'{path}' ends in '{path.suffix}'; known endings: {', '.join([*endings, '.engine'])}")
-    backend = BACKENDS[endings[path.suffix]].configured(**options)
+    name = endings[path.suffix]
+    backend = BACKENDS[name].configured(**of_recipe(pruned, name) | dict(options))
     dynamic = pruned.plan.dynamic
     backend.build(pruned.graph_module(), pruned.args, pruned.kwargs, threads=1, dynamic=dynamic, path=path)
     return path
+
+
+def of_recipe(pruned: Pruned, name: str) -> dict[str, Any]:
+    """Return the options that the recipe gives a backend, so that what was measured is what is written."""
+    setting = pruned.report.recipe.get("backend", name)
+    given = {"name": setting} if isinstance(setting, str) else dict(setting)
+    return given if given.pop("name", None) == name else {}
 
 
 def engine_backend(name: str) -> TensorRTBackend:
@@ -61,6 +69,7 @@ def engine_backend(name: str) -> TensorRTBackend:
 
 def _engine(pruned: Pruned, path: Path, options: dict[str, Any]) -> None:
     backend = engine_backend(options.pop("backend", ENGINE_BACKEND))
+    options = of_recipe(pruned, backend.name) | options
     parameters = inspect.signature(backend.compile_engine).parameters.values()
     mine = {"path", "dynamic"}  # given below
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in mine]

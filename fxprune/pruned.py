@@ -175,9 +175,9 @@ class Pruned:
         model was captured (`plan.dynamic`: the batch, the sequence where asked) stays so.
 
         Args:
-            options: those of the backend, `dtype="float16"`. For an engine also `backend` (tensorrt-rtx, which needs no
-                GPU here, or tensorrt), and what `TensorRTBackend.compile_engine` takes: `compute_capability`, `batch`,
-                `shapes`, `timing_cache`, `onnx`.
+            options: those of the backend, `dtype="float16"`; by default what the recipe gives that backend. For an
+                engine also `backend` (tensorrt-rtx, which needs no GPU here, or tensorrt), and what
+                `TensorRTBackend.compile_engine` takes: `compute_capability`, `batch`, `shapes`, `timing_cache`, `onnx`.
 
         Raises:
             BackendError: the ending, an option or its value is unknown, the backend is missing, or the export failed.

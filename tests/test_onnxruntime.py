@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune import cli
-from fxprune.backends import BACKENDS, onnx_export, onnxruntime
+from fxprune.backends import BACKENDS, onnx_export, onnxfile, onnxruntime
 from fxprune.backends.base import compare_outputs
 from fxprune.backends.onnx_cast import compute_in
 from fxprune.backends.onnx_profile import file_inputs
@@ -155,12 +155,14 @@ def test_the_file_is_kept_where_asked_and_removed_elsewhere(tmp_path: Path, monk
 @needs_onnxruntime
 def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The limit, lowered: two gigabytes are too much for a test.
-    monkeypatch.setattr(onnx_export, "LARGE", 100)
+    monkeypatch.setattr(onnxfile, "LARGE", 100)
     layer = nn.Linear(300, 200)
     built = build(layer, torch.randn(2, 300), path=tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size >= 300 * 200 * 4
     x = torch.randn(3, 300)
     assert compare_outputs([layer(x)], built.run(x)).max_rel < 1e-4
+    build(nn.Linear(3, 2), torch.randn(2, 3), path=tmp_path / "model.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]  # what the large model left there is gone
 
 
 @needs_onnxruntime
@@ -447,9 +449,14 @@ def test_float16_inside_and_float32_outside(tmp_path: Path) -> None:
 
 
 @needs_onnxruntime
-def test_attention_in_float16_stays_one_operator(small: fxprune.Pruned, tmp_path: Path) -> None:
+def test_attention_in_float16_stays_one_operator(
+    small: fxprune.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = small.export(tmp_path / "half.onnx", dtype="float16")
     assert path.stat().st_size < 0.8 * small.export(tmp_path / "whole.onnx").stat().st_size
+    monkeypatch.setitem(small.report.recipe, "backend", {"name": "onnxruntime", "dtype": "float16"})
+    assert small.export(tmp_path / "measured.onnx").read_bytes() == path.read_bytes()
+    assert small.export(tmp_path / "single.onnx", dtype="float32").stat().st_size > path.stat().st_size / 0.8
     assert "Attention" in {node.op_type for node in onnx.load(path).graph.node}
     assert shapes(path) == {"x": ["batch", "sequence", 32], "mask": ["batch", "sequence"]}
 
@@ -607,7 +614,7 @@ def test_files_hold_no_path_of_the_machine(tmp_path: Path) -> None:
 def test_everything_works_with_weights_beside_the_file(
     small: fxprune.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(onnx_export, "LARGE", 100)
+    monkeypatch.setattr(onnxfile, "LARGE", 100)
     backend = BACKENDS["onnxruntime"].configured(keep_optimized=True, **options)
     x, mask = texts(2, 12)
     path = tmp_path / "a.onnx"
