@@ -17,7 +17,6 @@ Speed is measured in onnxruntime against the dense model. Every seed orders the 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,12 +26,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import fxprune
-from bench import document, machine
+from bench import document, machine, training_tables
 from bench.shims import shim_torchvision
+from bench.tables import shown
 from bench.tasks import minilm, modules
 from bench.tasks.task import Inputs
 from bench.tasks.training import rate
@@ -184,30 +183,6 @@ def figures(pruned: fxprune.Pruned) -> dict[str, Any]:
     }
 
 
-def table(about: dict[str, Any]) -> Table:
-    """Return the means over seeds, beside what is asked for."""
-    dense = about["dense"]
-    found = Table(title=f"held-out accuracy; dense {100 * dense:.2f} %", title_justify="left")
-    for column in ("", "speed-up", "measured", "accuracy", "± over seeds", "lost, points", "nn_pruning's", "seeds"):
-        found.add_column(column, justify="right" if column else "left")
-    for label, by_speed in about["rows"].items():
-        for speed, seeds in by_speed.items():
-            accuracy = [100 * r["accuracy"] for r in seeds.values()]
-            measured = statistics.mean(r["speedup"] for r in seeds.values())
-            allowed = about["allowed"].get(speed)
-            found.add_row(
-                label,
-                speed,
-                f"{measured:.2f}",
-                f"{statistics.mean(accuracy):.2f}",
-                f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "",
-                f"{100 * dense - statistics.mean(accuracy):+.2f}",
-                "" if allowed is None else f"{allowed:.1f}",
-                str(len(accuracy)),
-            )
-    return found
-
-
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"rows: {LADDER}; {MOVEMENT}; {DENSE}")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
@@ -273,7 +248,7 @@ def main(
             left = (epochs + more) * modules.steps_each(settings)
             fit(model, teacher, modules.epochs(settings, epochs + more, 100 * seed), left, lr, say)
             keep(DENSE, 1.0, seed, {"accuracy": task.score(model), "speedup": 1.0})
-    console.print(table(about))
+    console.print(shown(training_tables.ladder({"ladder.json": about})))
     console.print(machine.stamp(), style="dim", highlight=False)
 
 

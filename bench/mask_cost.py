@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import fxprune
-from bench import document, machine
+from bench import document, machine, training_tables
 from bench.shims import shim_torchvision
+from bench.tables import shown
 from bench.tasks import minilm, modules
 from fxprune.backends.timing import compare
 
@@ -74,6 +74,8 @@ def main(
         return fxprune.Pruner(model, inputs, told, dynamic_shapes=minilm.DYNAMIC)
 
     rows: dict[str, dict[str, Any]] = {}
+    about = {"machine": machine.describe(), "threads": threads, "batch": batch, "tokens": tokens, "rounds": rounds}
+    about["rows"] = rows
     for label, told in ROWS.items():
         dense, masked, finished = (modules.classifier() for _ in range(3))
         run, _ = step(dense, inputs, labels)
@@ -91,28 +93,8 @@ def main(
             "after": [1 / after.median, 1 / after.high, 1 / after.low],
         }
         console.print(f"{label}: {rows[label]['ratio'][0]:.3f} ({time.perf_counter() - start:.0f} s)", highlight=False)
-        document.write(
-            file,
-            {
-                "machine": machine.describe(),
-                "threads": threads,
-                "batch": batch,
-                "tokens": tokens,
-                "rounds": rounds,
-                "rows": rows,
-            },
-        )
-    table = Table(
-        title=f"a training step of MiniLM, batch {batch}, {tokens} tokens, over the dense step's time",
-        title_justify="left",
-    )
-    for column in ("", "with masks", "95 %", "after finish", "95 %"):
-        table.add_column(column, justify="right" if column else "left")
-    for label, row in rows.items():
-        shown = [f"{row['ratio'][0]:.3f}", "{1:.3f}-{2:.3f}".format(*row["ratio"])]
-        shown += [f"{row['after'][0]:.3f}", "{1:.3f}-{2:.3f}".format(*row["after"])]
-        table.add_row(label, *shown)
-    console.print(table)
+        document.write(file, about)
+    console.print(shown(training_tables.mask_cost({"mask_cost.json": about})))
     console.print(machine.stamp(), style="dim", highlight=False)
 
 

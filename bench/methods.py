@@ -9,33 +9,33 @@ gone of what the pattern counts, `same` by how much the smaller model's outputs 
 from __future__ import annotations
 
 import itertools
-import statistics
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import fxprune
-from bench import document, machine
+from bench import document, machine, training_tables
+from bench.tables import shown
 from bench.tasks import TASKS, digits, transformer
 from fxprune.passes.training.units import AxisUnits, LayerUnits
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits_resnet", "digits_vit")
-#: Pattern and target of each family, by model.
-FAMILIES: dict[str, dict[str, tuple[Any, float | None]]] = {
-    "entries": dict.fromkeys(MODELS, ("element", 0.9)),
-    "blocks": dict.fromkeys(MODELS, ("4x1", 0.75)),
-    "rows": dict.fromkeys(MODELS, ("1xchannel", 0.5)),
-    "widths": {"digits_resnet": ("channel", 0.6), "digits_vit": (("head", "ffn"), 0.6)},
-    "2:4": dict.fromkeys(MODELS, ("2:4", None)),
-    "layers": {"digits_resnet": ("layer", 0.5), "digits_vit": ("layer", 0.25)},
-    "hybrid": {"digits_vit": (("attention:16x16", "ffn"), 0.6)},
+#: Pattern and targets of each family, by model.
+FAMILIES: dict[str, dict[str, tuple[Any, tuple[float, ...]]]] = {
+    "entries": {"digits_resnet": ("element", (0.9, 0.98)), "digits_vit": ("element", (0.9, 0.95))},
+    "blocks": dict.fromkeys(MODELS, ("4x1", (0.75,))),
+    "rows": dict.fromkeys(MODELS, ("1xchannel", (0.5,))),
+    "widths": {"digits_resnet": ("channel", (0.6, 0.85)), "digits_vit": (("head", "ffn"), (0.6, 0.8))},
+    "2:4": dict.fromkeys(MODELS, ("2:4", (0.5,))),
+    "layers": {"digits_resnet": ("layer", (0.5,)), "digits_vit": ("layer", (0.25,))},
+    "hybrid": {"digits_vit": (("attention:16x16", "ffn"), (0.6,))},
 }
 #: Label -> the families that it is tried on, and what a stage is told besides.
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -79,17 +79,19 @@ def optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
-def stage(name: str, family: str, told: dict[str, Any], steps: int, until: float) -> dict[str, Any]:
+def stage(pattern: Any, target: float, told: dict[str, Any], steps: int, until: float) -> dict[str, Any]:
     """Return what the Pruner is told."""
-    pattern, target = FAMILIES[family][name]
     end = round(until * steps)
     schedule = {"ramp": "cubic", "start": 0, "end": end, "every": max(1, end // 12)} | told.get("schedule", {})
     if schedule["ramp"] == "oneshot":
         schedule.pop("end")
-    return {"pattern": pattern, "target": target, "round_to": 1, **told, "schedule": schedule}
+    aim = {} if pattern == "2:4" else {"target": target}  # which says its share by itself
+    return {"pattern": pattern, **aim, "round_to": 1, **told, "schedule": schedule}
 
 
-def run(name: str, family: str, told: dict[str, Any], seed: int, epochs: int, until: float) -> dict[str, float]:
+def run(
+    name: str, pattern: Any, target: float, told: dict[str, Any], seed: int, epochs: int, until: float
+) -> dict[str, float]:
     """Prune the task's model in one run, and say what came of it."""
     task = TASKS[name]
     torch.manual_seed(seed)
@@ -97,7 +99,7 @@ def run(name: str, family: str, told: dict[str, Any], seed: int, epochs: int, un
     data = digits.digits()
     steps = epochs * -(-len(data.train_labels) // 64)
     trained_with = optimizer(name, model)
-    given = stage(name, family, told, steps, until)
+    given = stage(pattern, target, told, steps, until)
     pruner = fxprune.Pruner(model, task.example, given, steps=steps, seed=seed).attach(trained_with)
     before: list[float] = []
 
@@ -130,34 +132,12 @@ def run(name: str, family: str, told: dict[str, Any], seed: int, epochs: int, un
     }
 
 
-def table(name: str, dense: float, rows: dict[str, dict[str, Any]]) -> Table:
-    """Return the figures of a model."""
-    found = Table(title=f"{name}: dense {dense:.4f}", title_justify="left")
-    for column in ("", "pattern", "gone", "before tuning", "after", "parameters", "MACs", "proof"):
-        found.add_column(column, justify="right" if column not in ("", "pattern") else "left")
-    for key, by_seed in rows.items():
-        label, family = key.rsplit(" / ", 1)
-        runs = [r for r in by_seed.values() if "failed" not in r]
-        if not runs:
-            found.add_row(label, family, next(iter(by_seed.values()))["failed"])
-            continue
-
-        def spread(what: str, runs: list[Any] = runs) -> str:
-            values = [r[what] for r in runs]
-            return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
-
-        pattern = FAMILIES[family][name][0]
-        found.add_row(
-            label,
-            pattern if isinstance(pattern, str) else "+".join(pattern),
-            f"{statistics.mean(r['share'] for r in runs):.4f}",
-            spread("before"),
-            spread("after"),
-            f"{statistics.mean(r['params'] for r in runs):.3f}",
-            f"{statistics.mean(r['macs'] for r in runs):.3f}",
-            f"{max(r['proof'] for r in runs):.0e}",
-        )
-    return found
+def cases(models: Iterable[str], labels: Iterable[str]) -> Iterator[tuple[str, str, str, float]]:
+    """Yield (model, label, family, target) of what is run."""
+    for name, label in itertools.product(models, labels):
+        for family in ROWS[label][0]:
+            for target in FAMILIES[family][name][1] if name in FAMILIES[family] else ():
+                yield name, label, family, target
 
 
 def main(
@@ -183,22 +163,19 @@ def main(
     for name in chosen:
         if name not in about.setdefault("models", {}):
             about["models"][name] = {"dense": TASKS[name].score(TASKS[name].model()), "rows": {}}
-    for seed, name, label in itertools.product(range(seeds), chosen, method or ROWS):
-        families, told = ROWS[label]
-        for family in families:
-            if name not in FAMILIES[family]:
-                continue
-            row = about["models"][name]["rows"].setdefault(f"{label} / {family}", {})
-            if str(seed) in row:
-                continue
-            try:
-                row[str(seed)] = run(name, family, told, seed, epochs, until)
-            except fxprune.FxpruneError as error:
-                row[str(seed)] = {"failed": str(error)}
-            document.write(file, about)
-            console.print(f"{name}: {label}, {family}, seed {seed}: {row[str(seed)]}", style="dim", highlight=False)
+    for seed, (name, label, family, target) in itertools.product(range(seeds), cases(chosen, method or ROWS)):
+        row = about["models"][name]["rows"].setdefault(f"{label} / {family} / {target:g}", {})
+        if str(seed) in row:
+            continue
+        try:
+            row[str(seed)] = run(name, FAMILIES[family][name][0], target, ROWS[label][1], seed, epochs, until)
+        except fxprune.FxpruneError as error:
+            row[str(seed)] = {"failed": str(error)}
+        document.write(file, about)
+        said = f"{name}: {label}, {family}, {target:g}, seed {seed}: {row[str(seed)]}"
+        console.print(said, style="dim", highlight=False)
     for name in chosen:
-        console.print(table(name, **about["models"][name]))
+        console.print(name, shown(training_tables.methods(name)({"methods.json": about})))
     console.print(machine.stamp(), style="dim", highlight=False)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markdown import Markdown
+
 Documents = dict[str, dict[str, Any]]
 """The contents of the result files that are there, by their names."""
 
@@ -42,6 +44,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ['| a | b |', '|---|---|', '| 1 | 2 |']
     """
     return [f"| {' | '.join(row)} |" if row else "|" + "---|" * len(head) for row in [head, [], *rows]]
+
+
+def shown(lines: Sequence[str]) -> Markdown:
+    """Return what a terminal shows of a part of a page."""
+    return Markdown("\n".join(lines))
 
 
 def plural(number: int, what: str) -> str:

@@ -64,8 +64,12 @@ def ladder(documents: Documents) -> list[str]:
 def mask_cost(documents: Documents) -> list[str]:
     """Return what a step costs with masks, and after `finish`."""
     document = required(documents, "mask_cost.json")
-    rows = [[label, *(f"{row[when][0]:.2f}" for when in ("ratio", "after"))] for label, row in document["rows"].items()]
-    title = f"A training step of MiniLM over the dense one's, medians of {document['rounds']} rounds in turns:"
+    cell = "{0:.2f} ({1:.2f} to {2:.2f})"
+    rows = [
+        [label, *(cell.format(*row[when]) for when in ("ratio", "after"))] for label, row in document["rows"].items()
+    ]
+    title = "A training step of MiniLM over the dense one's time, medians and 95 % intervals of "
+    title += f"{document['rounds']} rounds in turns:"
     return [title, "", *table(["", "with masks", "after `finish`"], rows)]
 
 
@@ -80,8 +84,14 @@ def methods(model: str) -> Callable[[Documents], list[str]]:
         seeds = _seeds([len(runs) for runs in found["rows"].values()])
         title = f"Dense {found['dense']:.4f}; {seeds}, {document['epochs']} epochs, of which the "
         title += f"schedule takes {document['until']:.0%}:"
-        rows = [_method(key, list(runs.values())) for key, runs in found["rows"].items()]
-        head = ["method", "pattern", "target", "gone", "before tuning", "after", "parameters", "MACs", "proof"]
+        families = list(dict.fromkeys(key.split(" / ")[1] for key in found["rows"]))
+
+        def place(key: str) -> tuple[int, float]:
+            _label, family, target = key.split(" / ")
+            return families.index(family), float(target)
+
+        rows = [_method(key, list(found["rows"][key].values())) for key in sorted(found["rows"], key=place)]
+        head = ["pattern", "target", "method", "gone", "before tuning", "after", "parameters", "MACs", "proof"]
         return [title, "", *table(head, rows)]
 
     return render
@@ -89,11 +99,11 @@ def methods(model: str) -> Callable[[Documents], list[str]]:
 
 def _method(key: str, runs: list[dict[str, Any]]) -> list[str]:
     """Return the row of a method on a pattern; what failed with its reason."""
-    label, family = key.rsplit(" / ", 1)
+    label, family, target = key.split(" / ")
     right = [run for run in runs if "failed" not in run]
     if not right:
-        return [label, family, "", runs[0]["failed"], *[""] * 5]
-    parts = [label, family, *(f"{statistics.mean(run[what] for run in right):.4f}" for what in ("target", "share"))]
+        return [family, target, label, runs[0]["failed"], *[""] * 5]
+    parts = [family, target, label, f"{statistics.mean(run['share'] for run in right):.4f}"]
     parts += [_spread([run[when] for run in right]) for when in ("before", "after")]
     parts += [f"{statistics.mean(run[what] for run in right):.2f}" for what in ("params", "macs")]
     return [*parts, f"{max(run['proof'] for run in right):.0e}"]

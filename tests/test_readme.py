@@ -173,8 +173,8 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
                 "m": {
                     "dense": 1.0,
                     "rows": {
-                        "A / widths": {str(n): _run(0.5 + 0.2 * n) for n in range(2)},
-                        "B / 2:4": {"0": {"failed": "too few"}},
+                        "A / widths / 0.6": {str(n): _run(0.5 + 0.2 * n) for n in range(2)},
+                        "B / 2:4 / 0.5": {"0": {"failed": "too few"}},
                     },
                 }
             },
@@ -201,10 +201,10 @@ def test_every_part_renders_what_failed_without_a_number() -> None:
     )
     assert "1 to 2 seeds" in training_tables.methods("m")(documents)[0]
     assert training_tables.methods("m")(documents)[-2:] == [
-        "| A | widths | 0.6000 | 0.6000 | 0.600 ± 0.141 | 0.800 ± 0.141 | 0.40 | 0.30 | 2e-15 |",
-        "| B | 2:4 |  | too few |  |  |  |  |  |",
+        "| widths | 0.6 | A | 0.6000 | 0.600 ± 0.141 | 0.800 ± 0.141 | 0.40 | 0.30 | 2e-15 |",
+        "| 2:4 | 0.5 | B | too few |  |  |  |  |  |",
     ]
-    assert training_tables.mask_cost(documents)[-1] == "| A | 1.07 | 0.88 |"
+    assert training_tables.mask_cost(documents)[-1] == "| A | 1.07 (1.00 to 1.10) | 0.88 (0.80 to 0.90) |"
     assert readme_tables.stamp({n: documents[n] for n in ("accuracy.json", "patterns.json", "memory.json")}) == [
         "- accuracy: P, 2 cores, 1 thread; torch 1; 2020-01-01",
         "- memory, patterns: P, 2 cores, 2 threads; torch 1; 2020-01-01",
