@@ -63,7 +63,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "movement": (("entries", "blocks", "widths", "hybrid"), {"method": {"name": "movement", "lr": 0.05}}),
     "movement, scores from magnitude": (
         ("entries", "blocks"),
-        {"method": {"name": "movement", "lr": 0.05, "initial": "magnitude"}},
+        {"method": {"name": "movement", "lr": 0.002, "initial": "magnitude"}},
     ),
     "L0 (CoFi)": (("widths", "layers"), {"method": "l0"}),
     "learned masks (MaskLLM)": (("2:4",), {"method": {"name": "mask_learning", "lr": 0.05}}),
