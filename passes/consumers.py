@@ -240,6 +240,16 @@ def consumers(analysis: Analysis, group: Group, of: Sequence[Contraction]) -> li
     return [c for c in of if _sums(analysis, c, group.axis)]
 
 
+def only_readers(analysis: Analysis, group: Group, of: Sequence[Contraction]) -> list[str]:
+    """Return the weights through which alone a group's units reach anything; none where something else uses them, too.
+
+    With those of a unit's columns at zero the unit is as good as gone.
+    """
+    found = consumers(analysis, group, of)
+    nodes = {c.node for c in found}
+    return [c.weight for c in found] if all(end.node in nodes for end in _ends(analysis, group)) else []
+
+
 def _sums(analysis: Analysis, c: Contraction, axis: Axis) -> bool:
     """Whether a contraction sums over an axis; a convolution does not over its own groups."""
     dims = analysis.tensors[c.weight]

@@ -28,15 +28,16 @@ class Masking:
         """Give the weights of a pruning their parametrisations."""
         through, soft = one.method.through, one.method.soft
         for u in one.units:
-            # Where gates are read is enough: what is behind a closed one reaches nothing, and goes at the end.
-            for name in u.gated() if soft else u.weights:
+            # Where units are read is enough: what is behind a closed one reaches nothing, and goes at the end. And only
+            # so a unit that is masked has a gradient there, which is that of a weight times what the unit would give.
+            for name in u.gated() if soft or through else u.weights:
                 self._subject.weights.add(name, through=through, soft=soft)
 
     def set_masks(self) -> None:
         """Mask each weight with all that is said of it."""
         weights = self._subject.weights
         masks: dict[str, Tensor] = {}
-        zeroed = dict.fromkeys(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.weights)
+        zeroed = dict.fromkeys(n for one in self._prunings if one.method.zeroes for u in one.units for n in u.gated())
         weights.bake(zeroed)  # what comes back starts at zero, whatever an optimizer's momentum has made of it
         for one in self._prunings:
             for name, mask in one.masks().items():

@@ -16,7 +16,7 @@ from fxprune.errors import RecipeError
 from fxprune.groups import Group
 from fxprune.kept import Kept
 from fxprune.masked import MASKED
-from fxprune.passes.consumers import Contraction, consumers, contractions
+from fxprune.passes.consumers import Contraction, contractions, only_readers
 from fxprune.passes.patterns.pattern import Blocks, NOfM, Pattern, pattern
 from fxprune.passes.patterns.sparsify import eligible
 from fxprune.passes.training.stage import Stage
@@ -128,8 +128,7 @@ def _axes(analysis: Analysis, groups: Sequence[Group], name: str, allowed: dict[
         elif group.size <= group.least:
             found.unfit[group.name] = f"all of its {group.size} units are needed"
         else:
-            read = [c.weight for c in consumers(analysis, group, products)]
-            found.units.append(AxisUnits(analysis, group, read, name))
+            found.units.append(AxisUnits(analysis, group, only_readers(analysis, group, products), name))
 
 
 def _layers(analysis: Analysis, allowed: dict[str, str], found: Found) -> None:

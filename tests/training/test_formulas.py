@@ -289,6 +289,31 @@ def test_movement_scores_get_the_straight_through_gradient() -> None:
         assert torch.equal(weights.parameter(u.name).grad, gradients[u.name] * weights.mask(u.name))
 
 
+def test_movement_scores_of_heads_and_widths_get_the_slope_of_a_factor_on_them() -> None:
+    """Also those that are masked: against autograd through factors on the weights that read them."""
+    stage = {"method": "movement", "pattern": "struct", "target": 0.5, "schedule": {"end": 9, "initial": 0.4}}
+    model = NETS["transformer"][0]()
+    plain = copy.deepcopy(model)
+    pruner = Pruner(model, batch("transformer", -1, 2)[0], stage, steps=20)
+    pruner.on_step_begin()
+    loss(model, "transformer", 0).backward()
+    pruner.on_before_optimizer_step()
+    (one,) = pruner.prunings
+    factors = {u.name: one.kept[u.name].float().requires_grad_() for u in one.units}
+    weights = dict(plain.named_parameters())
+    for u in one.units:
+        weights |= {name: plain.get_parameter(name) * f for name, f in u.expand(factors[u.name]).items()}
+
+    class Factored(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.functional_call(plain, weights, (x,))
+
+    loss(Factored(), "transformer", 0).backward()
+    assert any(bool(f.grad[~one.kept[n]].any()) for n, f in factors.items())  # type: ignore[index]
+    for u in one.units:
+        assert torch.allclose(one.method._scores[u.name].grad, factors[u.name].grad, atol=1e-6)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("form", "keep", "weigh"), [("code", 0.9, 1.0), ("document", 1.0, 0.9)])
 def test_snip_momentum_in_both_forms(form: str, keep: float, weigh: float) -> None:
     stage = {
@@ -449,10 +474,11 @@ def test_rigl_drops_the_smallest_and_grows_where_gradients_are_large() -> None:
     assert one.sparsity() == pytest.approx(0.7, abs=1e-3)
 
 
-def test_soft_masks_let_what_is_masked_come_back() -> None:
+@pytest.mark.parametrize("pattern", ["1xchannel", "channel"])
+def test_soft_masks_let_what_is_masked_come_back(pattern: str) -> None:
     stage = {
         "method": "soft_mask",
-        "pattern": "1xchannel",
+        "pattern": pattern,
         "target": 0.5,
         "schedule": {"start": 0, "end": 30, "every": 1, "ramp": "linear", "initial": 0.49},
     }

@@ -17,6 +17,8 @@ from fxprune.passes.training.units import Units
 class Movement(Method):
     """Scores learn by straight-through gradients, dL/dS = sum of w dL/dw' over the unit; w' = w where S is high.
 
+    Of heads and widths that is the sum over the weights that read them, where alone they are masked meanwhile.
+
     Sanh et al., "Movement Pruning" (2020), equation 3; blocks, and rows and columns with one score, as in Lagunas et
     al., "Block Pruning For Faster Transformers" (2021). Scores have an Adam of their own.
 
@@ -69,7 +71,7 @@ class Movement(Method):
         share = pruning.schedule.share(pruning.step, 1.0)
         for u in pruning.units:
             scores = self._scores[u.name]
-            gradient = u.reduce(pruning.product).cpu()
+            gradient = pruning.at_reads(u).cpu()
             if self.reg:
                 open_ = torch.sigmoid(scores.detach())
                 gradient = gradient + share * self.reg * open_ * (1 - open_) / u.size
