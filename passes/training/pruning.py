@@ -125,9 +125,7 @@ class Pruning:
 
     def at_reads(self, units: Units) -> Tensor:
         """Return dL/dm of factors m on units where they are read: the sum of w dL/dw over what reads them."""
-        if isinstance(units, AxisUnits):
-            return units.total(self.product, units.gated())
-        return units.reduce(self.product)
+        return units.at_reads(self.product)
 
     def drop(self, units: Units, why: str) -> None:
         """Leave units alone, and say why."""

@@ -51,6 +51,10 @@ class Units(abc.ABC):
     def reduce(self, values: Values) -> Tensor:
         """Return the sum of values over the entries of each unit: (units,)."""
 
+    def at_reads(self, values: Values) -> Tensor:
+        """Return the sum of values over the entries of each unit in the parameters that `gated` names."""
+        return self.reduce(values)
+
     @abc.abstractmethod
     def expand(self, mask: Tensor) -> dict[str, Tensor]:
         """Return for each weight what the mask of units, bool or of real numbers, says of its entries."""
@@ -176,6 +180,10 @@ class AxisUnits(Units):
         """Return the sum over all slices of each index."""
         return self.total(values, self.weights)
 
+    def at_reads(self, values: Values) -> Tensor:
+        """Return the sum over the slices in the parameters that read the axis."""
+        return self.total(values, self._read)
+
     def total(self, values: Values, names: Sequence[str]) -> Tensor:
         """Return the sum over the slices in some of the parameters."""
         total: Tensor | None = None
@@ -230,24 +238,51 @@ class AxisUnits(Units):
 
 
 class LayerUnits(Units):
-    """Residual branches, each of which can be left out whole: without its parameters it adds nothing to the stream."""
+    """Residual branches, each of which can be left out whole: without its parameters it adds nothing to the stream.
 
-    def __init__(self, blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], kind: str) -> None:
+    Args:
+        outputs: of each branch, the parameters whose product with a factor is the branch's product with it: where a
+            mask of real numbers is put.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], outputs: Sequence[frozenset[str]], shapes: Mapping[str, Sequence[int]], kind: str
+    ) -> None:
         self.name, self.kind, self.blocks, self.size = "branches", kind, list(blocks), len(blocks)
         self.weights = tuple(sorted({name for b in blocks for name in b.parameters}))
+        self._all = [sorted(b.parameters) for b in self.blocks]
+        self._outputs = [sorted(names) for names in outputs]
         self._shapes = shapes
         self.entries = sum(int(np.prod(shapes[n])) for n in self.weights) / max(self.size, 1)
 
+    def gated(self) -> tuple[str, ...]:
+        """Return the names of the parameters that scale what branches give."""
+        return tuple(sorted({name for names in self._outputs for name in names}))
+
     def reduce(self, values: Values) -> Tensor:
         """Return the sum over the parameters of each branch."""
-        return torch.stack([torch.stack([values(n).sum() for n in sorted(b.parameters)]).sum() for b in self.blocks])
+        return self._total(values, self._all)
+
+    def at_reads(self, values: Values) -> Tensor:
+        """Return the sum over the parameters that scale what each branch gives."""
+        return self._total(values, self._outputs)
+
+    def _total(self, values: Values, names: Sequence[Sequence[str]]) -> Tensor:
+        return torch.stack([torch.stack([values(n).sum() for n in some]).sum() for some in names])
 
     def expand(self, mask: Tensor) -> dict[str, Tensor]:
-        """Return masks that are the same all over a parameter."""
+        """Return masks that are the same all over a parameter; of those that scale for one of real numbers."""
+        return self._of_parameters(mask, self._all if mask.dtype == torch.bool else self._outputs)
+
+    def spread(self, values: Tensor) -> dict[str, Tensor]:
+        """Return for each parameter the value of its branch, the product where it is in several."""
+        return self._of_parameters(values, self._all)
+
+    def _of_parameters(self, values: Tensor, names: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        for number, block in enumerate(self.blocks):
-            for name in block.parameters:
-                one = mask[number].expand(tuple(self._shapes[name])).contiguous()
+        for number, some in enumerate(names):
+            for name in some:
+                one = values[number].expand(tuple(self._shapes[name])).contiguous()
                 result[name] = result[name] * one if name in result else one
         return result
 

@@ -289,9 +289,10 @@ def test_movement_scores_get_the_straight_through_gradient() -> None:
         assert torch.equal(weights.parameter(u.name).grad, gradients[u.name] * weights.mask(u.name))
 
 
-def test_movement_scores_of_heads_and_widths_get_the_slope_of_a_factor_on_them() -> None:
-    """Also those that are masked: against autograd through factors on the weights that read them."""
-    stage = {"method": "movement", "pattern": "struct", "target": 0.5, "schedule": {"end": 9, "initial": 0.4}}
+@pytest.mark.parametrize("pattern", ["struct", "layer"])
+def test_movement_scores_of_what_is_masked_get_the_slope_of_a_factor_on_it(pattern: str) -> None:
+    """Heads, widths and layers: against autograd through factors on the weights that read or make them."""
+    stage = {"method": "movement", "pattern": pattern, "target": 0.5, "schedule": {"end": 9, "initial": 0.4}}
     model = NETS["transformer"][0]()
     plain = copy.deepcopy(model)
     pruner = Pruner(model, batch("transformer", -1, 2)[0], stage, steps=20)
@@ -312,6 +313,63 @@ def test_movement_scores_of_heads_and_widths_get_the_slope_of_a_factor_on_them()
     assert any(bool(f.grad[~one.kept[n]].any()) for n, f in factors.items())  # type: ignore[index]
     for u in one.units:
         assert torch.allclose(one.method._scores[u.name].grad, factors[u.name].grad, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_factor_on_what_makes_a_branch_is_one_on_the_branch() -> None:
+    """The parameters at the end of a branch alone, behind what moves numbers, and with a scale or a norm there."""
+    names = ("norm", "scale", "last", "odd", "twice")
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.up, self.scale = nn.Conv2d(4, 4, 1), nn.Parameter(torch.rand(4))
+            self.first, self.last, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.1)
+            self.odd, self.twice = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def parts(self, x: Tensor) -> dict[str, Tensor]:
+            moved = self.first(x.permute(0, 2, 3, 1)).relu()
+            return {
+                "norm": self.norm(self.conv(x)),
+                "scale": (self.up(x).permute(0, 2, 3, 1) * self.scale).permute(0, 3, 1, 2),
+                "last": self.drop(self.last(moved)).permute(0, 3, 1, 2),
+                "odd": self.odd(x).sigmoid(),
+                "twice": self.twice(self.twice(x).relu()),
+            }
+
+        def forward(self, x: Tensor) -> Tensor:
+            for name in names:
+                x = x + self.parts(x)[name]
+            return x
+
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(2, 4, 5, 5)
+    analysis = analyse(capture(model, (x,), {}))
+    (units,) = find(analysis, find_groups(analysis), Stage(pattern="layer", target=0.5)).units
+    for number, block in enumerate(units.blocks):
+        owner = next(name for name in names if name in str(sorted(block.parameters)))
+        factors = torch.ones(units.size)
+        factors[number] = 0.5
+        scaled = units.expand(factors)
+        changed = {n for n, f in scaled.items() if not (f == 1).all()}
+        found = torch.func.functional_call(
+            copy.deepcopy(model), {n: model.get_parameter(n) * f for n, f in scaled.items()}, (x,)
+        )
+        if owner in ("odd", "twice"):  # a factor on the last layer is none on the branch: all of it is scaled
+            assert changed == block.parameters
+            continue
+
+        class Halved(Branches):
+            half = owner
+
+            def parts(self, x: Tensor) -> dict[str, Tensor]:
+                parts = super().parts(x)
+                return parts | {self.half: 0.5 * parts[self.half]}
+
+        halved = Halved().eval()
+        halved.load_state_dict(model.state_dict())
+        assert torch.allclose(found, halved(x), atol=1e-5)
+        assert changed < block.parameters
 
 
 @pytest.mark.parametrize(("form", "keep", "weigh"), [("code", 0.9, 1.0), ("document", 1.0, 0.9)])
