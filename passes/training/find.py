@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.analyse import Analysis
 from fxprune.axes import Axis, atoms
-from fxprune.blocks import Block, find_blocks, live
+from fxprune.blocks import find_blocks
 from fxprune.errors import RecipeError
 from fxprune.groups import Group
 from fxprune.kept import Kept
@@ -20,6 +19,7 @@ from fxprune.masked import MASKED
 from fxprune.passes.consumers import Contraction, contractions, only_readers
 from fxprune.passes.patterns.pattern import Blocks, NOfM, Pattern, pattern
 from fxprune.passes.patterns.sparsify import eligible
+from fxprune.passes.training.branches import Branches
 from fxprune.passes.training.stage import Stage
 from fxprune.passes.training.units import AxisUnits, CountedUnits, LayerUnits, Units, WeightUnits
 from fxprune.recipe import read_recipe
@@ -46,20 +46,6 @@ RECIPES = {
     "hybrid": (f"{ATTENTION}32x32", "ffn"),
     "hybrid-filled": (f"{ATTENTION}32x32", "ffn"),
     "struct": ("head", "ffn"),
-}
-#: Operators that give their operand's numbers at other places.
-_MOVED = {
-    getattr(getattr(aten, name), overload)
-    for name, overload in (
-        ("view", "default"),
-        ("reshape", "default"),
-        ("permute", "default"),
-        ("transpose", "int"),
-        ("flatten", "using_ints"),
-        ("contiguous", "default"),
-        ("clone", "default"),
-        ("dropout", "default"),
-    )
 }
 _LINES = {"1xchannel": (1, 0), "channelx1": (0, 1)}
 
@@ -147,40 +133,19 @@ def _axes(analysis: Analysis, groups: Sequence[Group], name: str, allowed: dict[
 
 
 def _layers(analysis: Analysis, allowed: dict[str, str], found: Found) -> None:
+    branches = Branches(analysis)
     blocks = []
     for block in find_blocks(analysis):
         blocked = [allowed[n] for n in block.parameters if n in allowed]
         if blocked:
             found.unfit[block.name] = blocked[0]
+        elif not branches.vanishes(block):
+            found.unfit[block.name] = "with zeros in all of its parameters it may still add something to the stream"
         else:
             blocks.append(block)
     if blocks:
         shapes = {n: tuple(t.shape) for n, t in analysis.captured.tensors.items()}
-        products = {c.node: c for c in contractions(analysis)}
-        used = (operand for node in live(analysis, {}) for operand in node.all_input_nodes)
-        uses = Counter(str(n.target) for n in used if n.op == "get_attr")
-        once = {name for name, number in uses.items() if number == 1}
-        found.units.append(LayerUnits(blocks, [_outputs(b, products, once) for b in blocks], shapes, LAYER))
-
-
-def _outputs(block: Block, products: Mapping[fx.Node, Contraction], once: Set[str]) -> frozenset[str]:
-    """The parameters whose product with a factor is the branch's product with it; all of its where that is not seen.
-
-    Args:
-        once: names of those that one operator alone uses.
-    """
-    node = next(n for n in block.total.all_input_nodes if n is not block.stream)
-    while node.target in _MOVED:
-        node = node.all_input_nodes[0]
-    names: Sequence[str | None] = ()
-    if node in products:
-        names = [products[node].weight, products[node].bias]
-    elif node.target is aten.batch_norm.default:
-        names = [str(n.target) if isinstance(n, fx.Node) else None for n in node.args[1:3]]
-    elif node.target is aten.mul.Tensor:
-        names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"][:1]
-    outputs = frozenset(n for n in names if n is not None)
-    return outputs if outputs and outputs <= block.parameters & once else block.parameters
+        found.units.append(LayerUnits(blocks, [branches.outputs(b) for b in blocks], shapes, LAYER))
 
 
 def _weights(

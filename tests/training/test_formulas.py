@@ -333,7 +333,7 @@ def test_a_factor_on_what_makes_a_branch_is_one_on_the_branch() -> None:
                 "norm": self.norm(self.conv(x)),
                 "scale": (self.up(x).permute(0, 2, 3, 1) * self.scale).permute(0, 3, 1, 2),
                 "last": self.drop(self.last(moved)).permute(0, 3, 1, 2),
-                "odd": self.odd(x).sigmoid(),
+                "odd": self.odd(x).tanh(),
                 "twice": self.twice(self.twice(x).relu()),
             }
 
@@ -370,6 +370,22 @@ def test_a_factor_on_what_makes_a_branch_is_one_on_the_branch() -> None:
         halved.load_state_dict(model.state_dict())
         assert torch.allclose(found, halved(x), atol=1e-5)
         assert changed < block.parameters
+
+
+def test_a_branch_that_adds_something_with_zeros_in_its_parameters_is_left_alone() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x).sigmoid()
+            return x + torch.relu(self.b(x))
+
+    analysis = analyse(capture(Gated(), (torch.randn(2, 8),), {}))
+    found = find(analysis, find_groups(analysis), Stage(pattern="layer", target=0.5))
+    assert [b.name for b in found.units[0].blocks] == ["b"]
+    assert "zeros in all of its parameters" in found.unfit["a"]
 
 
 @pytest.mark.parametrize(("form", "keep", "weigh"), [("code", 0.9, 1.0), ("document", 1.0, 0.9)])
