@@ -25,7 +25,8 @@ class Method:
     A step is: `before_forward`, the user's forward and backward passes, `before_step`, the optimizer, `after_step`.
 
     Attributes:
-        through: masked weights get the gradient of what is computed with them (straight through).
+        through: masked weights get the gradient of what is computed with them (straight through). Widths, heads and
+            layers are then masked at `Units.gated` alone, because a unit that is zero at both its ends has none.
         trains_masked: the optimizer sees that gradient; else it is masked before.
         soft: weights are multiplied with gates of real numbers while the model trains.
         patterns: what may go as one: "any", "blocks" (elements, blocks), "axes" (widths, heads, layers) or "n:m".

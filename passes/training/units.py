@@ -44,7 +44,7 @@ class Units(abc.ABC):
     kind: str
 
     def gated(self) -> tuple[str, ...]:
-        """Return the names of the parameters that a mask of real numbers is put on."""
+        """Return the names of the parameters that a mask of real numbers is put on: one that ends the unit, too."""
         return self.weights
 
     @abc.abstractmethod
