@@ -128,11 +128,10 @@ class Sensitivity(_Accumulated):
 
     m is a factor on the unit where it is read, a head or a hidden unit, or on a block of weights. Michel et al., "Are
     Sixteen Heads Really Better than One?" (2019), equation 2; Kim and Awadalla, "FastFormers" (2020). The gradient is
-    that of a step, a mean over its batch.
+    that of a step, a mean over its batch. What is masked has none: its sum stays as it is.
     """
 
     comparable: ClassVar[bool] = False
-    through: ClassVar[bool] = True
 
     def _now(self, pruning: Pruning, units: Units) -> Tensor:
         return pruning.at_reads(units).abs()
