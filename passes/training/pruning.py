@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -227,7 +228,7 @@ class Pruning:
             if self.target > high + 1e-9:
                 raise TargetError(
                     f"a sparsity of {self.target:.4g} of '{kind}' cannot be reached: with at most {bounds.most:.4g} of "
-                    f"each layer and one unit left where one is needed it is {high:.4g}; raise max_sparsity"
+                    f"each layer and one unit left where one is needed it is {math.floor(high * 1e4) / 1e4:g}; raise max_sparsity"
                 )
 
     def _probe(self, share: float) -> None:
