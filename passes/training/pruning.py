@@ -226,9 +226,10 @@ class Pruning:
             else:
                 high = cut.reachable(sizes, counts, bounds, {u.name: _least(u) for u in units})[1]
             if self.target > high + 1e-9:
+                highest = math.floor(high * 1e4) / 1e4
                 raise TargetError(
                     f"a sparsity of {self.target:.4g} of '{kind}' cannot be reached: with at most {bounds.most:.4g} of "
-                    f"each layer and one unit left where one is needed it is {math.floor(high * 1e4) / 1e4:g}; raise max_sparsity"
+                    f"each layer and one unit left where one is needed it is {highest:g}; raise max_sparsity"
                 )
 
     def _probe(self, share: float) -> None:
