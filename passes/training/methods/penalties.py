@@ -98,7 +98,8 @@ class Slimming(_Penalty):
             else:
                 pruning.drop(u, "no norm scales it, which network slimming needs")
         if not self._scales:
-            raise RecipeError(f"training method 'slimming': no norm scales any unit of '{pruning.stage.pattern}'")
+            pattern = " + ".join(pruning.stage.patterns)
+            raise RecipeError(f"training method 'slimming': no norm scales any unit of '{pattern}'")
 
     def penalise(self, pruning: Pruning) -> None:
         """Add reg * sign(gamma)."""
