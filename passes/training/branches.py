@@ -55,14 +55,13 @@ _ZERO_AT_ZERO = _MOVED | _overloads(
     adaptive_avg_pool2d="default",
     avg_pool2d="default",
     max_pool2d="default",
-    constant_pad_nd="default",
     neg="default",
-    div="Tensor Scalar",
     _to_copy="default",
 )
-#: Operators whose result is zero where any operand is, and where all are.
+#: Operators whose result is zero where any operand is, and where all are; divisions, which by a number only are.
 _ANY_ZERO = _overloads(mul="Tensor Scalar", matmul="default", bmm="default", mm="default")
-_ALL_ZERO = _overloads(add="Tensor", sub="Tensor", cat="default", stack="default")
+_SUMS, _JOINED = _overloads(add="Tensor", sub="Tensor"), _overloads(cat="default", stack="default")
+_DIVISIONS = _overloads(div="Tensor Scalar")
 _NORMS = _overloads(
     batch_norm="default", layer_norm="default", group_norm="default", instance_norm="default", rms_norm="default"
 )
@@ -111,11 +110,14 @@ class Branches:
             elif node.target in _NORMS:
                 names = _parameters(node)
                 zero = bool(names) and block.parameters.issuperset(names)
-            elif node.target in _ZERO_AT_ZERO:
-                zero = self._zero(operands[0], block, known)
+            elif node.target in _ZERO_AT_ZERO or (node.target in _DIVISIONS and len(operands) == 1):
+                zero = node.args[0] is operands[0] and self._zero(operands[0], block, known)
             elif node.target in _ANY_ZERO:
                 zero = any(self._zero(n, block, known) for n in operands)
-            elif node.target in _ALL_ZERO:
+            elif node.target in _SUMS:
+                terms = all(isinstance(term, fx.Node) for term in node.args[:2])  # and no number
+                zero = terms and all(self._zero(n, block, known) for n in operands)
+            elif node.target in _JOINED:
                 zero = all(self._zero(n, block, known) for n in operands)
             elif node.target is aten.scaled_dot_product_attention.default:
                 zero = self._zero(operands[2], block, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -372,15 +373,16 @@ def test_a_factor_on_what_makes_a_branch_is_one_on_the_branch() -> None:
         assert changed < block.parameters
 
 
-def test_a_branch_that_adds_something_with_zeros_in_its_parameters_is_left_alone() -> None:
+@pytest.mark.parametrize("end", [torch.sigmoid, lambda y: y + 1, lambda y: 1 / y, lambda y: y / y.norm()])
+def test_a_branch_that_adds_something_with_zeros_in_its_parameters_is_left_alone(end: Callable[..., Tensor]) -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = x + self.a(x).sigmoid()
-            return x + torch.relu(self.b(x))
+            x = x + end(self.a(x))
+            return x + torch.relu(self.b(x)) / 2
 
     analysis = analyse(capture(Gated(), (torch.randn(2, 8),), {}))
     found = find(analysis, find_groups(analysis), Stage(pattern="layer", target=0.5))
