@@ -34,6 +34,8 @@ from fxprune.training.wrapped import inner as unwrapped
 
 #: What a checkpoint says that it is.
 _FORMAT = 3
+#: Steps between what is written down of updates that all take the same share.
+_APART = 10
 #: What "hybrid-filled" puts in the place of zeros: so many standard deviations of the weight.
 _FILL = 0.1
 
@@ -67,7 +69,7 @@ class Pruner:
         teacher: by default a copy of the model as it is now: to go on from a checkpoint, pass the dense model again.
         log: a folder for `pruning.csv`, and TensorBoard's events where that is installed; None for none.
         checkpoint: a file that `save` writes to by default, and that non-finite scores leave behind.
-        progress: called with a line at every update.
+        progress: called with a line at every update; of methods that choose anew in each step, at every tenth.
 
     Raises:
         RecipeError: a key, a method, a pattern or a glob is unknown, or parts contradict each other.
@@ -231,8 +233,9 @@ class Pruner:
             one.method.before_forward(one)
         if any(changed) or self.step == 0:
             self._masking.set_masks()
-            self._rewind([p for p, new in zip(self._prunings, changed, strict=True) if new])
-            self._write()
+            updated = [p for p, new in zip(self._prunings, changed, strict=True) if new]
+            self._rewind(updated)
+            self._write(any(p.done for p in updated))
         self._masking.set_gates()
 
     def distill(self, loss: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -573,12 +576,20 @@ class Pruner:
                 "which knows the steps that it skips; else lower the learning rate or clip gradients"
             )
 
-    def _write(self) -> None:
+    def _write(self, ends: bool) -> None:
+        """Write an update down; of those in every step that take no other share, only some.
+
+        Args:
+            ends: it is the last one.
+        """
         aimed = [one for one in self._prunings if not one.method.targetless] or self._prunings
+        gone, last = max(one.gone for one in aimed), self.rows[-1] if self.rows else None
+        if last is not None and gone == last.gone and not ends and self.step - last.step < _APART:
+            return
         row = Row(
             step=self.step,
             sparsity=self.sparsity(),
-            gone=max(one.gone for one in aimed),
+            gone=gone,
             target=max(one.target for one in aimed),
             macs=self._masking.macs(),
             loss=self._loss,

@@ -172,6 +172,17 @@ class Weights:
         parameter.grad = more if parameter.grad is None else parameter.grad.add_(more)
 
     @torch.no_grad()
+    def decay(self, name: str, strength: float) -> None:
+        """Add a number times the weight to the gradient of what is masked; a frozen parameter gets none."""
+        parameter = self.parameter(name)
+        if not parameter.requires_grad:
+            return
+        masked = torch.addcmul(parameter, parameter, like(self._factor(name), parameter), value=-1)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(masked, alpha=strength)
+
+    @torch.no_grad()
     def scale(self, name: str, factor: Tensor) -> None:
         """Multiply a parameter, in place."""
         parameter = self.parameter(name)

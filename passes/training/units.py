@@ -141,12 +141,14 @@ class CountedUnits(WeightUnits):
         """
         n, m = self.pattern.n, self.pattern.m
         columns = scores.reshape(-1, m).unbind(1)
-        better = [torch.zeros(len(columns[0]), dtype=torch.int8, device=scores.device) for _ in range(m)]
+        best = torch.empty(len(columns[0]), m, dtype=torch.bool, device=scores.device)
+        better = [torch.full_like(best[:, 0], m - 1 - i, dtype=torch.uint8) for i in range(m)]
         for i, j in itertools.combinations(range(m), 2):
-            first = columns[i] >= columns[j]
+            first = (columns[i] >= columns[j]).view(torch.uint8)
             better[j] += first
-            better[i] += ~first
-        best = torch.stack([rank < n for rank in better], 1)
+            better[i] -= first
+        for i, rank in enumerate(better):
+            torch.lt(rank, n, out=best[:, i])
         count = round(gone / (1 - self.pattern.density) * len(best))
         if count < len(best):
             lost = torch.where(best, 0.0, scores.reshape(-1, m).double()).sum(1)

@@ -34,9 +34,7 @@ class StraightThrough(Method):
         """Let masked weights decay."""
         if self.decay and not pruning.done:
             for u in pruning.units:
-                weight = pruning.value(u.name)
-                masked = ~u.expand(pruning.kept[u.name])[u.name].to(weight.device)
-                pruning.subject.weights.push(u.name, masked.to(weight.dtype).mul_(weight).mul_(self.decay))
+                pruning.subject.weights.decay(u.name, self.decay)
 
     def scores(self, pruning: Pruning, units: Units) -> Tensor:
         """Return |w|."""
