@@ -8,7 +8,7 @@ bfloat16 (autocast).
 - ladder: `fxprune.ladder`, some epochs on each rung; one run gives all three models. At the first speed-up it has been
   trained the least; with so many epochs on each rung that movement has in all it has been trained as long there
 - movement, struct: heads and inner widths have scores that move; the last update of the schedule meets the speed-up by
-  measuring, and the smaller model is trained on
+  measuring, and the smaller model is trained on. Scores start at zero, as in the paper, or at the sizes of the weights
 - dense, trained on: the dense model with as many epochs as movement has
 
 Speed is measured in onnxruntime against the dense model. Every seed orders the batches anew.
@@ -41,7 +41,12 @@ RESULTS = Path(__file__).parent / "results"
 SPEEDUPS = (1.84, 2.44, 3.64)
 ALLOWED = (0.2, 0.8, 2.5)
 SETTINGS = modules.Settings(tested=1600)
-LADDER, MOVEMENT, DENSE = "ladder", "movement, struct", "dense, trained on"
+LADDER, DENSE = "ladder", "dense, trained on"
+#: How the scores of movement start, and how fast they learn.
+MOVEMENTS: dict[str, dict[str, Any]] = {
+    "movement, struct": {"lr": 1e-2},
+    "movement, struct, from magnitudes": {"initial": "magnitude", "lr": 2e-3},
+}
 _RUNGS = Path(tempfile.gettempdir())
 #: Samples that a rung is pruned with.
 _SAMPLES = 512
@@ -139,6 +144,7 @@ def run_ladder(
 def run_movement(
     settings: modules.Settings,
     teacher: nn.Module,
+    options: dict[str, Any],
     speedup: float,
     seed: int,
     epochs: int,
@@ -146,12 +152,12 @@ def run_movement(
     lr: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return the figures of one model that was pruned by movement."""
+    """Return the figures of one model that was pruned by movement with these options of it."""
     task = modules.task(settings)
     model = task.model()
     steps = epochs * modules.steps_each(settings)
     stage = {
-        "method": {"name": "movement", "lr": 1e-2},
+        "method": {"name": "movement"} | options,
         "pattern": "struct",
         "target": {"speedup": speedup},
         "schedule": {"ramp": "cubic", "start": 0, "end": steps - 1},
@@ -184,7 +190,7 @@ def figures(pruned: fxprune.Pruned) -> dict[str, Any]:
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"rows: {LADDER}; {MOVEMENT}; {DENSE}")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"rows: {LADDER}; {'; '.join(MOVEMENTS)}; {DENSE}")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     rung: Annotated[list[int] | None, typer.Option(min=1, help="epochs on a rung of a ladder; 2, and 4")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="epochs of movement")] = 4,
@@ -240,9 +246,11 @@ def main(
                 folder = rungs / f"fxprune-ladder-{each}-{lr:g}-{seed}"
                 for speed, row in run_ladder(settings, teacher, seed, each, lr, folder, say).items():
                     keep(label, speed, seed, row)
-        for speed in SPEEDUPS:
-            if missing(MOVEMENT, speed, seed):
-                keep(MOVEMENT, speed, seed, run_movement(settings, teacher, speed, seed, epochs, more, lr, say))
+        for label, options in MOVEMENTS.items():
+            for speed in SPEEDUPS:
+                if missing(label, speed, seed):
+                    row = run_movement(settings, teacher, options, speed, seed, epochs, more, lr, say)
+                    keep(label, speed, seed, row)
         if missing(DENSE, 1.0, seed):
             model = task.model()
             left = (epochs + more) * modules.steps_each(settings)
