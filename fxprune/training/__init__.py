@@ -2,7 +2,7 @@
 
 - `pruner`     `Pruner`: attaches to a training loop, or is told by hooks; `finish` gives a smaller model
 - `steps`      how an optimizer is followed; `finite` whether a step may be made; `wrapped` which models are refused
-- `masking`    several prunings on the same weights
+- `masking`    several prunings on the same weights; `rewind` weights put back to an earlier step
 - `distill`    a dense or larger model as a teacher; `taps` reads hidden states
 - `finish`     from masks to a plan, and through rewriting and proof to a `Pruned`
 - `ladder`     a family of ever faster models from one run

@@ -68,6 +68,19 @@ def check_model(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
             raise InputError(f"{path} is of another model: '{name}' is {told[0]} there and {told[1]} here")
 
 
+def check_stages(own: Sequence[Any], other: Sequence[Any]) -> None:
+    """Refuse a state of other stages: for each what it was told and its schedule, in plain values.
+
+    Raises:
+        InputError: a key differs, or there are more or fewer.
+    """
+    for number, (mine, its) in enumerate(zip(own, other, strict=False)):
+        for key in (k for here, there in zip(mine, its, strict=True) for k in here if here[k] != there.get(k)):
+            raise InputError(f"the state is of other stages: stage {number} differs in '{key}'")
+    if len(own) != len(other):
+        raise InputError(f"the state is of other stages: it has {len(other)} of them, and here are {len(own)}")
+
+
 def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Any], path: Path) -> None:
     """Let optimizers go on.
 

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+#: Steps between what is written down of updates that all take the same share.
+_APART = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -69,6 +72,11 @@ class Log:
                 self._board = SummaryWriter(str(folder))
             except ImportError:
                 pass  # the CSV has the same
+
+    def due(self, step: int, gone: float) -> bool:
+        """Return whether an update is worth a row: of those in every step that take no other share one in ten is."""
+        last = self.rows[-1] if self.rows else None
+        return last is None or gone != last.gone or step - last.step >= _APART
 
     def add(self, row: Row) -> None:
         """Write a row down."""

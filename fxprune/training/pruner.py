@@ -20,7 +20,6 @@ from fxprune.copies import copied
 from fxprune.costs import Costs
 from fxprune.errors import InputError, NonFiniteError
 from fxprune.groups import find_groups
-from fxprune.passes.training.masked import like, whole
 from fxprune.pruned import Pruned
 from fxprune.recipe import read_recipe
 from fxprune.training import checkpoint as files
@@ -29,13 +28,12 @@ from fxprune.training.finish import finished, refuse_open
 from fxprune.training.finite import infinite, infinite_weight
 from fxprune.training.log import Log, Row
 from fxprune.training.masking import Masking
+from fxprune.training.rewind import Rewinding
 from fxprune.training.steps import follow
 from fxprune.training.wrapped import inner as unwrapped
 
 #: What a checkpoint says that it is.
-_FORMAT = 3
-#: Steps between what is written down of updates that all take the same share.
-_APART = 10
+_FORMAT = 4
 #: What "hybrid-filled" puts in the place of zeros: so many standard deviations of the weight.
 _FILL = 0.1
 
@@ -148,7 +146,7 @@ class Pruner:
         self._hooks: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._loss: float | None = None
-        self._snapshot: dict[str, Tensor] | None = None
+        self._rewinding = Rewinding(inner, self._prunings)
         self._done = False
         try:
             for one in self._prunings:
@@ -158,7 +156,7 @@ class Pruner:
             self._subject.weights.remove(zeros=False)
             raise
         self._distiller = None if teacher is None else Distiller(inner, teacher, **(distillation or {}))
-        self._forgetful()
+        self._rewinding.keep(self.step)
 
     def __enter__(self) -> Pruner:
         return self
@@ -234,7 +232,7 @@ class Pruner:
         if any(changed) or self.step == 0:
             self._masking.set_masks()
             updated = [p for p, new in zip(self._prunings, changed, strict=True) if new]
-            self._rewind(updated)
+            self._rewinding.back(updated, self._optimizers)
             self._write(any(p.done for p in updated))
         self._masking.set_gates()
 
@@ -302,7 +300,7 @@ class Pruner:
         for one in self._prunings:
             one.method.after_step(one)
         self.step += 1
-        self._forgetful()
+        self._rewinding.keep(self.step)
 
     def on_epoch_end(self) -> None:
         """An epoch ends."""
@@ -415,7 +413,7 @@ class Pruner:
                 "step": self.step,
                 "begun": self._begun,
                 "prunings": [one.state() for one in self._prunings],
-                "snapshot": self._snapshot,
+                "snapshot": self._rewinding.snapshot,
                 "distiller": None if self._distiller is None else self._distiller.state_dict(),
                 "rows": [asdict(row) for row in self.rows],
             }
@@ -433,7 +431,7 @@ class Pruner:
         for one, own in zip(self._prunings, state["prunings"], strict=True):
             one.load(own)
             one.step = state["step"]
-        self.step, self._begun, self._snapshot = state["step"], state["begun"], state["snapshot"]
+        self.step, self._begun, self._rewinding.snapshot = state["step"], state["begun"], state["snapshot"]
         if self._distiller is not None:
             self._distiller.load_state_dict(state["distiller"])
         self._log.restore([Row(**row) for row in state["rows"]])
@@ -500,14 +498,7 @@ class Pruner:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("format") != _FORMAT:
             raise InputError("this is no state of a Pruner of this version")
-        for number, (mine, other) in enumerate(zip(self._told(), state["stages"], strict=False)):
-            for key in (k for own, its in zip(mine, other, strict=True) for k in own if own[k] != its.get(k)):
-                raise InputError(f"the state is of other stages: stage {number} differs in '{key}'")
-        if len(state["stages"]) != len(self._prunings):
-            raise InputError(
-                f"the state is of other stages: it has {len(state['stages'])} of them, and here are "
-                f"{len(self._prunings)}"
-            )
+        files.check_stages(self._told(), state["stages"])
         for one, own in zip(self._prunings, state["prunings"], strict=True):
             one.check(own)
         if (state["distiller"] is None) != (self._distiller is None):
@@ -544,25 +535,6 @@ class Pruner:
         if self._done:
             raise InputError("this Pruner has finished; make another one for another run")
 
-    def _forgetful(self) -> None:
-        """Keep the weights that a rewinding goes back to."""
-        wanted = [one.stage.rewind for one in self._prunings if one.stage.rewind != "none"]
-        if self._snapshot is None and any(self.step == (0 if w == "start" else w) for w in wanted):
-            self._snapshot = {n: whole(p.detach()).clone() for n, p in self.model.named_parameters()}
-
-    def _rewind(self, updated: list[Any]) -> None:
-        """Put weights back to what they were, and let optimizers forget.
-
-        Frankle et al., "Stabilizing the Lottery Ticket Hypothesis" (2019).
-        """
-        if self._snapshot is None or not any(p.stage.rewind != "none" and p.gone > 0 for p in updated):
-            return
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(like(self._snapshot[name].to(parameter.device, parameter.dtype), parameter))
-        for optimizer in self._optimizers:
-            optimizer.state.clear()
-
     def _check_finite(self) -> None:
         """Stop where nothing that follows would mean anything.
 
@@ -577,14 +549,14 @@ class Pruner:
             )
 
     def _write(self, ends: bool) -> None:
-        """Write an update down; of those in every step that take no other share, only some.
+        """Write an update down.
 
         Args:
             ends: it is the last one.
         """
         aimed = [one for one in self._prunings if not one.method.targetless] or self._prunings
-        gone, last = max(one.gone for one in aimed), self.rows[-1] if self.rows else None
-        if last is not None and gone == last.gone and not ends and self.step - last.step < _APART:
+        gone = max(one.gone for one in aimed)
+        if not ends and not self._log.due(self.step, gone):
             return
         row = Row(
             step=self.step,

@@ -3,7 +3,8 @@
 - `stage`    what a user says about one pruning; `ramp` the schedules
 - `find`     from that to `units`, what goes as one: entries, blocks, n:m, channels, heads, layers
 - `cut`      which units go for a share of all; `pruning` all of it together while it runs
-- `masked`   weights with masks, as parametrisations
+- `masked`   weights with masks, as parametrisations; `fading` what goes little by little
+- `branches` which residual branches add nothing with zeros in their parameters
 - `distill`  what is lost against a teacher: in logits, embeddings, hidden states
 - `methods/` one file for each idea; `method` the contract they keep
 """

@@ -20,6 +20,7 @@ from fxprune.kept import Indices, Kept
 from fxprune.passes.choose import Chooser, chooser, preferred
 from fxprune.passes.meet import meet, timed
 from fxprune.passes.training import cut
+from fxprune.passes.training.fading import Fading
 from fxprune.passes.training.find import Found, find
 from fxprune.passes.training.masked import Weights
 from fxprune.passes.training.method import Method, made
@@ -60,7 +61,6 @@ class Pruning:
     Attributes:
         kept: name of units -> which stay now.
         gone: the share of the target's way that the last update went to.
-        partial: name of a weight -> entries that are still there of what goes little by little.
         gates: name of a weight -> what it is multiplied with in training, of methods with gates.
         done: whether the last update was made.
         clocked: how a target on the clock was met.
@@ -75,14 +75,12 @@ class Pruning:
     steps: int | None = None
     step: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
-    partial: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
     gone: float = 0.0
     done: bool = False
     clocked: Clocked | None = None
     _chooser: Chooser | None = None
-    _fading: dict[str, Tensor] = field(default_factory=dict)
-    _faded_at: int = 0
+    _fading: Fading | None = None
     _products: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -98,6 +96,8 @@ class Pruning:
         generator = torch.Generator().manual_seed(seed)
         result = cls(stage, schedule, subject, found, method, generator, steps)
         result._check()
+        if stage.progressive:
+            result._fading = Fading(stage.progressive, schedule.every)
         result.kept = {u.name: torch.ones(u.size, dtype=torch.bool) for u in found.units}
         return result
 
@@ -299,7 +299,7 @@ class Pruning:
         """Choose what stays from a step on, if the schedule says so; return whether anything may have changed."""
         self.step = step
         if self.done or not self.schedule.updates(step):
-            return self._fade(step)
+            return self._fading is not None and self._fading.turn(step, self.value)
         before = self.kept
         self.gone = self.schedule.share(step, self.target)
         last = step >= self.schedule.end or (self.schedule.ramp == "oneshot" and not self.schedule.alternates)
@@ -310,7 +310,9 @@ class Pruning:
         self.done = last
         if last:
             self.method.settle(self)
-        self._start_fading(before)
+        if self._fading is not None:
+            old, new = (_product(u.expand(kept[u.name]) for u in self.units) for kept in (before, self.kept))
+            self._fading.begin(step, {n: old[n] & ~new[n] for n in new}, self.value)
         return True
 
     def best(self, gone: float, last: bool) -> dict[str, Tensor]:
@@ -376,38 +378,8 @@ class Pruning:
     def masks(self) -> dict[str, Tensor]:
         """Return the masks of all weights of this stage: bool, of their shapes."""
         masks = _product(u.expand(self.kept[u.name]) for u in self.units)
-        return {n: m | self.partial[n] if n in self.partial else m for n, m in masks.items()}
-
-    def _start_fading(self, before: Mapping[str, Tensor]) -> None:
-        """What an update removes may go entry by entry: Neural Compressor's progressive pruning."""
-        self.partial = {}
-        if not self.stage.progressive:
-            return
-        old = _product(u.expand(before[u.name]) for u in self.units)
-        new = _product(u.expand(self.kept[u.name]) for u in self.units)
-        self._fading = {n: old[n] & ~new[n] for n in new}
-        self._faded_at = self.step
-        self._fade(self.step)
-
-    def _fade(self, step: int) -> bool:
-        if not self.stage.progressive or not self._fading:
-            return False
-        each = max(1, self.schedule.every // (self.stage.progressive + 1))
-        turn, rest = divmod(step - self._faded_at, each)
-        if rest:
-            return False
-        if turn >= self.stage.progressive:
-            self._fading, self.partial = {}, {}
-            return True
-        for name, fading in self._fading.items():
-            size = self.value(name).abs()[fading]
-            stay = torch.zeros_like(fading)
-            few = int(len(size) * (turn + 1) / (self.stage.progressive + 1))
-            inside = torch.ones_like(size, dtype=torch.bool)
-            inside[torch.argsort(size, stable=True)[:few]] = False
-            stay[fading] = inside
-            self.partial[name] = stay
-        return True
+        left = {} if self._fading is None else self._fading.left
+        return {n: m | left[n] if n in left else m for n, m in masks.items()}
 
     def selection(self) -> Kept:
         """Return what stays of axes, and the branches that are left out."""
@@ -441,9 +413,7 @@ class Pruning:
             "done": self.done,
             "method": self.method.state(),
             "generator": self.generator.get_state(),
-            "fading": self._fading,
-            "partial": self.partial,
-            "faded_at": self._faded_at,
+            "fading": None if self._fading is None else self._fading.state(),
             "clocked": None if self.clocked is None else asdict(self.clocked),
         }
 
@@ -468,7 +438,8 @@ class Pruning:
         self.gates = dict(state["gates"])
         self.method.load(state["method"])
         self.generator.set_state(state["generator"])
-        self._fading, self.partial, self._faded_at = state["fading"], state["partial"], state["faded_at"]
+        if self._fading is not None:
+            self._fading.load(state["fading"])
         self.clocked = None if state["clocked"] is None else Clocked.of(state["clocked"])
 
 

@@ -143,7 +143,8 @@ class Stage(BaseModel):
         progressive: updates over which what an update removes goes entry by entry, the smallest first; 0 for at once.
         allocation: how a target that is a cost is spread; by default as `scope` says.
         round_to: widths are multiples of it under a target that is a cost; None takes what the backend runs fast.
-        rewind: "none", or after the last update the weights that stay go back to those of a step ("start" is 0).
+        rewind: "none", or after each update that takes something all weights go back to those of a step ("start" is
+            0), the same for all stages that do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -582,6 +582,24 @@ def test_rewinding_puts_weights_back() -> None:
     assert not all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
 
 
+def test_stages_that_rewind_to_different_steps_are_refused() -> None:
+    stages = [{"pattern": p, "target": 0.5, "rewind": r} for p, r in (("element", "start"), ("channel", 3))]
+    model = NETS["cnn"][0]()
+    with pytest.raises(RecipeError, match="steps 0, 3"):
+        Pruner(model, batch("cnn", -1, 2)[0], stages, steps=20)
+    assert not any("parametrizations" in n for n, _ in model.named_parameters())
+
+
+def test_of_updates_in_every_step_that_take_no_more_only_some_are_written_down() -> None:
+    said: list[str] = []
+    stage = {"method": "straight_through", "schedule": {"ramp": "linear", "initial": 0.5, "end": 24}, "pattern": "2:4"}
+    model = NETS["cnn"][0]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    pruner = Pruner(model, batch("cnn", -1, 2)[0], stage, steps=30, progress=said.append).attach(optimizer)
+    go_on(pruner, optimizer, "cnn", 0, 30)
+    assert [row.step for row in pruner.rows] == [0, 10, 20, 24] and len(said) == 4
+
+
 def test_progressive_pruning_fades_what_goes() -> None:
     stage = {
         "pattern": "1xchannel",
