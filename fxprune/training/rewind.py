@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import RecipeError
 from fxprune.passes.training.masked import like, whole
-from fxprune.passes.training.pruning import Pruning
+
+if TYPE_CHECKING:
+    from fxprune.passes.training.pruning import Pruning
 
 
 class Rewinding:
