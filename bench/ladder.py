@@ -8,7 +8,7 @@ bfloat16 (autocast).
 - ladder: `fxprune.ladder`, some epochs on each rung; one run gives all three models. At the first speed-up it has been
   trained the least; with so many epochs on each rung that movement has in all it has been trained as long there
 - movement, struct: heads and inner widths have scores that move; the last update of the schedule meets the speed-up by
-  measuring, and the smaller model is trained on. Scores start at zero, as in the paper, or at the sizes of the weights
+  measuring, and the smaller model is trained on. Closed for good: what is masked gets no gradient of its score
 - dense, trained on: the dense model with as many epochs as movement has
 
 Speed is measured in onnxruntime against the dense model. Every seed orders the batches anew.
@@ -42,10 +42,10 @@ SPEEDUPS = (1.84, 2.44, 3.64)
 ALLOWED = (0.2, 0.8, 2.5)
 SETTINGS = modules.Settings(tested=1600)
 LADDER, DENSE = "ladder", "dense, trained on"
-#: How the scores of movement start, and how fast they learn.
+#: Options of movement.
 MOVEMENTS: dict[str, dict[str, Any]] = {
     "movement, struct": {"lr": 1e-2},
-    "movement, struct, from magnitudes": {"initial": "magnitude", "lr": 2e-3},
+    "movement, struct, closed for good": {"regrow": False, "lr": 1e-2},
 }
 _RUNGS = Path(tempfile.gettempdir())
 #: Samples that a rung is pruned with.
@@ -198,6 +198,7 @@ def main(
     lr: Annotated[float, typer.Option()] = 1e-4,
     limit: Annotated[int | None, typer.Option(min=16, help="training docstrings; all where not said")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    speeds: Annotated[list[float] | None, typer.Option("--speed", help="movement at these alone")] = None,
     resume: Annotated[bool, typer.Option(help="leave out what the file has")] = False,
     rungs: Annotated[Path, typer.Option(help="where rungs are kept, for an interrupted run")] = _RUNGS,
     file: Annotated[Path, typer.Option("--json", help="where the figures go")] = RESULTS / "ladder.json",
@@ -247,7 +248,7 @@ def main(
                 for speed, row in run_ladder(settings, teacher, seed, each, lr, folder, say).items():
                     keep(label, speed, seed, row)
         for label, options in MOVEMENTS.items():
-            for speed in SPEEDUPS:
+            for speed in speeds or SPEEDUPS:
                 if missing(label, speed, seed):
                     row = run_movement(settings, teacher, options, speed, seed, epochs, more, lr, say)
                     keep(label, speed, seed, row)

@@ -290,10 +290,12 @@ def test_movement_scores_get_the_straight_through_gradient() -> None:
         assert torch.equal(weights.parameter(u.name).grad, gradients[u.name] * weights.mask(u.name))
 
 
+@pytest.mark.parametrize("regrow", [True, False])
 @pytest.mark.parametrize("pattern", ["struct", "layer"])
-def test_movement_scores_of_what_is_masked_get_the_slope_of_a_factor_on_it(pattern: str) -> None:
+def test_movement_scores_of_what_is_masked_get_the_slope_of_a_factor_on_it(pattern: str, regrow: bool) -> None:
     """Heads, widths and layers: against autograd through factors on the weights that read or make them."""
-    stage = {"method": "movement", "pattern": pattern, "target": 0.5, "schedule": {"end": 9, "initial": 0.4}}
+    method = {"name": "movement", "regrow": regrow}
+    stage = {"method": method, "pattern": pattern, "target": 0.5, "schedule": {"end": 9, "initial": 0.4}}
     model = NETS["transformer"][0]()
     plain = copy.deepcopy(model)
     pruner = Pruner(model, batch("transformer", -1, 2)[0], stage, steps=20)
@@ -313,7 +315,8 @@ def test_movement_scores_of_what_is_masked_get_the_slope_of_a_factor_on_it(patte
     loss(Factored(), "transformer", 0).backward()
     assert any(bool(f.grad[~one.kept[n]].any()) for n, f in factors.items())  # type: ignore[index]
     for u in one.units:
-        assert torch.allclose(one.method._scores[u.name].grad, factors[u.name].grad, atol=1e-6)  # type: ignore[arg-type]
+        wanted = factors[u.name].grad * (1.0 if regrow else one.kept[u.name])  # type: ignore[operator]
+        assert torch.allclose(one.method._scores[u.name].grad, wanted, atol=1e-6)
 
 
 def test_a_factor_on_what_makes_a_branch_is_one_on_the_branch() -> None:

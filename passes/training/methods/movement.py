@@ -29,7 +29,10 @@ class Movement(Method):
         threshold: at the end, of sigmoid(S).
         reg: strength of the penalty on the mean of sigmoid(S), which rises with the schedule.
         initial: "zero", or "magnitude": scores start at the weights' own sizes, standardised. In runs of some hundred
-            steps scores that start at zero are mostly noise: take "magnitude" there, with an `lr` of 0.002.
+            steps scores of single entries that start at zero are mostly noise: take "magnitude" there, with an `lr` of
+            0.002.
+        regrow: what is closed goes on getting gradients of its scores and may come back, as in the paper; else it gets
+            none, and comes back only where others fall below it.
     """
 
     lr: float = 1e-2
@@ -37,6 +40,7 @@ class Movement(Method):
     threshold: float = 0.1
     reg: float = 0.0
     initial: str = "zero"
+    regrow: bool = True
     through: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
 
@@ -72,6 +76,8 @@ class Movement(Method):
         for u in pruning.units:
             scores = self._scores[u.name]
             gradient = pruning.at_reads(u).cpu()
+            if not self.regrow:
+                gradient = gradient.masked_fill(~pruning.kept[u.name].cpu(), 0.0)
             if self.reg:
                 open_ = torch.sigmoid(scores.detach())
                 gradient = gradient + share * self.reg * open_ * (1 - open_) / u.size
