@@ -8,7 +8,7 @@ bfloat16 (autocast).
 - ladder: `fxprune.ladder`, some epochs on each rung; one run gives all three models. At the first speed-up it has been
   trained the least; with so many epochs on each rung that movement has in all it has been trained as long there
 - movement, struct: heads and inner widths have scores that move; the last update of the schedule meets the speed-up by
-  measuring, and the smaller model is trained on. Closed for good: what is masked gets no gradient of its score
+  measuring, and the smaller model is trained on. No regrowth: what is masked gets no gradient of its score
 - dense, trained on: the dense model with as many epochs as movement has
 
 Speed is measured in onnxruntime against the dense model. Every seed orders the batches anew.
@@ -45,7 +45,7 @@ LADDER, DENSE = "ladder", "dense, trained on"
 #: Options of movement.
 MOVEMENTS: dict[str, dict[str, Any]] = {
     "movement, struct": {"lr": 1e-2},
-    "movement, struct, closed for good": {"regrow": False, "lr": 1e-2},
+    "movement, struct, no regrowth": {"regrow": False, "lr": 1e-2},
 }
 _RUNGS = Path(tempfile.gettempdir())
 #: Samples that a rung is pruned with.
