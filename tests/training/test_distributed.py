@@ -30,11 +30,12 @@ STAGES: dict[str, Any] = {
     "movement": {"method": "movement", "pattern": "element", "target": 0.5},
     "l0": {"method": "l0", "pattern": "channel", "target": 0.5},
     "mask_learning": {"method": {"name": "mask_learning", "freeze": False}, "pattern": "2:4"},
+    "straight_through": {"method": {"name": "straight_through", "decay": 0.1}, "pattern": "2:4"},
     "rigl": {"method": {"name": "rigl", "initial": "random"}, "pattern": "element", "target": 0.5},
     "growing_reg": {"method": {"name": "growing_reg", "delta": 0.1, "every": 2}, "pattern": "channel", "target": 0.5},
     "rewind": {"method": "magnitude", "pattern": "element", "target": 0.5, "rewind": "start"},
 }
-SHARDED = ("magnitude", "snip_momentum", "movement", "l0", "rigl", "growing_reg", "rewind")
+SHARDED = ("magnitude", "snip_momentum", "movement", "l0", "straight_through", "rigl", "growing_reg", "rewind")
 
 
 def network() -> nn.Module:
@@ -53,7 +54,7 @@ def batch(step: int, rank: int | None) -> tuple[Tensor, Tensor]:
 
 
 def pruner_of(net: nn.Module, name: str) -> Pruner:
-    exclude = {"exclude": ["4"]} if name == "mask_learning" else {}  # 25 inputs have no groups of four
+    exclude = {"exclude": ["4"]} if STAGES[name]["pattern"] == "2:4" else {}  # 25 inputs have no groups of four
     return Pruner(net, torch.randn(2, 8), {"schedule": RAMP} | STAGES[name] | exclude, steps=STEPS)
 
 
